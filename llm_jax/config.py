@@ -1,0 +1,393 @@
+"""Typed configs: every key is declared here, with its type and its meaning.
+
+A recipe (`configs/*.py`) has `get_config()` that returns a `TrainConfig`. Flags change it while it
+is mutable (`--config.model.d_model=512`); `resolve` fills what follows from the rest, `validate`
+checks it, and `freeze` makes it hashable, so that a jitted function can close over it.
+
+No `Literal` and no postponed annotations in this file: ml_collections reads the types at run time.
+"""
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class Config:
+    """Base of all config dataclasses: refuses unknown names, and everything after `freeze`."""
+
+    __slots__ = ("_frozen",)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if getattr(self, "_frozen", False):
+            raise AttributeError(f"the config is frozen; {name!r} has to be set before training starts")
+        known = [f.name for f in dataclasses.fields(self)]
+        if name not in known:
+            raise AttributeError(unknown_key(type(self).__name__, name, known))
+        object.__setattr__(self, name, value)
+
+    def __getstate__(self) -> dict:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def __setstate__(self, state: dict) -> None:
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
+
+
+def unknown_key(where: str, name: str, known: list[str]) -> str:
+    """The message for a key that nobody declared: it names the nearest one."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+    return f"{where} has no key {name!r}; {hint}"
+
+
+_config = dataclass(kw_only=True, slots=True, unsafe_hash=True)
+
+
+@_config
+class ModelConfig(Config):
+    """Architecture. 0 means "follows from the rest" where the comment says from what."""
+
+    family: str = "decoder"  # a key of llm_jax.models.FAMILIES
+    vocab_size: int = 0  # 0: the tokenizer's
+    vocab_multiple: int = 1  # round the embedding rows up (128 suits accelerators); never sampled
+    d_model: int = 128
+    n_layers: int = 4
+    n_heads: int = 4
+    kv_heads: int = 0  # 0: n_heads (MHA); 1: MQA; between: GQA
+    head_dim: int = 0  # 0: d_model / n_heads
+    d_ff: int = 0  # 0: 4 * d_model, or 8/3 of it in steps of 64 for gated activations
+    max_length: int = 0  # rows of the learned position table; 0: the training length
+
+    positions: str = "rope"  # learned | sinusoidal | rope | none
+    rope_theta: float = 10_000.0
+    rope_fraction: float = 1.0  # share of a head's dimensions that is rotated
+    rope_interleaved: bool = False  # pairs (0, 1), (2, 3), ... instead of the two halves
+    rope_scaling: str = "none"  # none | linear | ntk | yarn
+    rope_factor: float = 1.0  # context extension factor of the scaling
+    rope_original_length: int = 0  # context the weights were trained at (yarn, ntk)
+    yarn_beta_fast: float = 32.0
+    yarn_beta_slow: float = 1.0
+
+    norm: str = "rmsnorm"  # layernorm | rmsnorm
+    norm_position: str = "pre"  # pre | post
+    norm_eps: float = 1e-5
+    norm_bias: bool = False  # layernorm only
+    qk_norm: bool = False
+    window: int = 0  # sliding window in tokens, own token included; 0: full attention
+    attention_softcap: float = 0.0  # cap * tanh(x / cap) on attention scores; 0: off
+    logit_softcap: float = 0.0  # the same on output logits
+    activation: str = "swiglu"  # gelu (tanh) | gelu_erf | swiglu | geglu | relu2
+    qkv_bias: bool = False
+    out_bias: bool = False  # bias of the attention output projection
+    mlp_bias: bool = False
+    tied: bool = True  # output head shares the embedding matrix
+    dropout: float = 0.0
+    init_std: float = 0.02  # residual projections: init_std / sqrt(2 * n_layers)
+
+    dtype: str = "auto"  # compute type: float32 | bfloat16; auto: bfloat16 where it is fast
+    attention: str = "auto"  # auto | xla | cudnn | reference
+    attention_block: int = 1024  # queries per block once a row is longer than this
+    scan: bool = True  # lax.scan over layers; False: Python loop (faster steps, slower compile)
+    scan_unroll: int = 1
+    remat: str = "none"  # none | full | dots | attention (recompute all but attention outputs)
+    head_chunk: int = 0  # tokens per chunk of the fused output head; 0: by vocabulary size
+
+
+@_config
+class MeshConfig(Config):
+    """Devices along each mesh axis; one of them may be -1, "the rest"."""
+
+    data: int = -1
+    fsdp: int = 1
+    stage: int = 1
+    expert: int = 1
+    context: int = 1
+    tensor: int = 1
+
+
+@_config
+class OptimizerConfig(Config):
+    """Optimizer, schedule, clipping and the parameters they apply to."""
+
+    name: str = "adamw"  # adamw | adafactor | muon
+    learning_rate: float = 1e-3  # peak
+    schedule: str = "cosine"  # cosine | linear | wsd | constant
+    warmup_steps: int = 0
+    decay_steps: int = 0  # wsd: length of the final decay; 0: a fifth of the steps
+    final_learning_rate: float = 0.0  # where cosine, linear and wsd end
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0  # global gradient norm; 0: no clipping
+    # (pattern, decayed?) in order, first match wins, every parameter must be covered.
+    decay_rules: tuple = ((r"(^|/)(scale|bias)$", False), (r".*", True))
+    # (pattern, frozen?) in order, first match wins, every parameter must be covered.
+    freeze_rules: tuple = ((r".*", False),)
+    ema_decay: float = 0.0  # exponential moving average of the parameters, used by evaluation
+    muon_adam_rate: float = 0.3  # learning rate of Muon's Adam part, as a share of learning_rate
+    max_bad_steps: int = 10  # non-finite steps in a row before the run stops; they are skipped
+
+
+@_config
+class TokenizerConfig(Config):
+    """A tokenizer to load (`path`) or to train on the training data."""
+
+    path: str = ""  # saved tokenizer, sentencepiece .model, Hugging Face tokenizer.json, ...
+    kind: str = "sentencepiece_bpe"  # a key of llm_jax.tokenizers.KINDS
+    vocab_size: int = 4096
+    special_tokens: tuple = ()
+    split_digits: bool = False
+    keep_indentation: bool = True
+    byte_fallback: bool = True
+    unk: bool = True  # char and word: whether there is an unknown token
+    train_bytes: int = 20_000_000  # at most this much text is used for training it
+
+
+@_config
+class SourceConfig(Config):
+    """One source of a mixture."""
+
+    name: str = ""
+    inputs: tuple = ()  # files, folders, globs, hf:NAME, embedded:NAME
+    # (fraction of training, weight) points, linear in between; annealing on a better mix at the
+    # end is ((0, 1), (0.9, 1), (1, 4)).
+    weights: tuple = ((0.0, 1.0),)
+
+
+@_config
+class DataConfig(Config):
+    """Text in, rows out."""
+
+    inputs: tuple = ("embedded:docs",)  # files, folders, globs, hf:NAME, embedded:NAME
+    sources: tuple = ()  # SourceConfigs; replaces `inputs` when given
+    eval_inputs: tuple = ()  # held-out text; empty: the last eval_fraction of each source
+    eval_fraction: float = 0.1  # by characters, from the end
+    text_key: str = "text"  # field of jsonl and parquet rows
+    packing: str = "split"  # split (concatenate and split) | first_fit | pad
+    isolate_documents: bool = True  # no token sees a neighbour's document, positions restart
+    add_bos: bool = False
+    add_eos: bool = True  # the tokenizer's end token after each document
+    shuffle: bool = True
+    cache_dir: str = ""  # token shards; empty: WORKDIR/data
+
+
+@_config
+class EvalConfig(Config):
+    """Evaluation and samples during training."""
+
+    every: int = 200  # steps; 0: only at the end
+    rows: int = 0  # rows of the held-out text to use; 0: all
+    batch_size: int = 0  # 0: the training batch size
+    prompts: tuple = ("",)  # a sample is drawn from each; an empty one starts a document
+    sample_tokens: int = 64  # 0: no samples
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 0.95
+
+
+@_config
+class CheckpointConfig(Config):
+    """Saving and starting points."""
+
+    every: int = 200  # steps; 0: only at the end and on SIGTERM
+    keep_last: int = 2
+    keep_best: int = 1  # by eval loss
+    asynchronous: bool = True
+    init_from: str = ""  # checkpoint whose parameters (and tokenizer) this run starts from
+
+
+@_config
+class LogConfig(Config):
+    """What a run writes while it trains."""
+
+    every: int = 10  # steps between lines of metrics.jsonl
+    tensorboard: bool = False  # needs the extra `track`
+    profile_start: int = 0  # first step of the profiler window
+    profile_steps: int = 0  # its length; 0: no profile
+    compilation_cache: str = "~/.cache/llm_jax/xla"  # persistent; empty: none
+
+
+@_config
+class TrainConfig(Config):
+    """One training run."""
+
+    name: str = ""
+    seed: int = 0
+    steps: int = 1000
+    batch_size: int = 32  # rows a step, over all devices and micro-batches
+    length: int = 256  # tokens a row
+    accumulation: int = 1  # micro-batches a step; buys memory, not speed
+    z_loss: float = 0.0  # scale of log_z squared (PaLM: 1e-4)
+    label_smoothing: float = 0.0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+CHOICES = {
+    "model.positions": ("learned", "sinusoidal", "rope", "none"),
+    "model.rope_scaling": ("none", "linear", "ntk", "yarn"),
+    "model.norm": ("layernorm", "rmsnorm"),
+    "model.norm_position": ("pre", "post"),
+    "model.activation": ("gelu", "gelu_erf", "swiglu", "geglu", "relu2"),
+    "model.dtype": ("auto", "float32", "bfloat16"),
+    "model.attention": ("auto", "xla", "cudnn", "reference"),
+    "model.remat": ("none", "full", "dots", "attention"),
+    "optimizer.name": ("adamw", "adafactor", "muon"),
+    "optimizer.schedule": ("cosine", "linear", "wsd", "constant"),
+    "data.packing": ("split", "first_fit", "pad"),
+}
+GATED = ("swiglu", "geglu")
+
+
+def get(config: Config, path: str) -> Any:
+    """The value at a dotted path, such as "model.d_model"."""
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def resolve_model(model: ModelConfig, *, vocab_size: int, length: int, backend: str) -> None:
+    """Fills in place what is 0 or "auto" in a model config.
+
+    `backend` is `jax.default_backend()`: bfloat16 is the compute type where it is fast, which a
+    CPU is not.
+    """
+    m = model
+    m.vocab_size = m.vocab_size or vocab_size
+    m.kv_heads = m.kv_heads or m.n_heads
+    if not m.head_dim:
+        if m.d_model % m.n_heads:
+            raise ValueError(
+                f"model.d_model={m.d_model} is not divisible by model.n_heads={m.n_heads}; change one "
+                "or set model.head_dim"
+            )
+        m.head_dim = m.d_model // m.n_heads
+    if not m.d_ff:
+        gated = m.activation in GATED
+        m.d_ff = -(-8 * m.d_model // (3 * 64)) * 64 if gated else 4 * m.d_model
+    m.max_length = m.max_length or length
+    if m.dtype == "auto":
+        m.dtype = "float32" if backend == "cpu" else "bfloat16"
+
+
+def validate(config: Config) -> None:
+    """Raises ValueError, naming the key to change, for what cannot work."""
+    for path, choices in CHOICES.items():
+        try:
+            value = get(config, path)
+        except AttributeError:
+            continue
+        if value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{path}={value!r} is not one of {', '.join(choices)}{hint}")
+    for path in ("steps", "batch_size", "length", "accumulation"):
+        if get(config, path) < 1:
+            raise ValueError(f"{path}={get(config, path)} has to be at least 1")
+    m = config.model
+    for path in ("d_model", "n_layers", "n_heads"):
+        if getattr(m, path) < 1:
+            raise ValueError(f"model.{path}={getattr(m, path)} has to be at least 1")
+    if m.kv_heads and m.n_heads % m.kv_heads:
+        raise ValueError(f"model.n_heads={m.n_heads} is not divisible by model.kv_heads={m.kv_heads}")
+    if config.batch_size % config.accumulation:
+        raise ValueError(
+            f"batch_size={config.batch_size} is not divisible by accumulation={config.accumulation}"
+        )
+    if m.positions == "learned" and m.max_length and config.length > m.max_length:
+        raise ValueError(
+            f"length={config.length} is longer than the learned position table; raise "
+            f"model.max_length={m.max_length}, or use model.positions=rope"
+        )
+    if m.rope_scaling in ("ntk", "yarn") and not m.rope_original_length:
+        raise ValueError(
+            f"model.rope_scaling={m.rope_scaling} needs model.rope_original_length, the context the "
+            "weights were trained at"
+        )
+    if not 0.0 <= m.dropout < 1.0:
+        raise ValueError(f"model.dropout={m.dropout} has to be in [0, 1)")
+    if not 0.0 <= config.data.eval_fraction < 1.0:
+        raise ValueError(f"data.eval_fraction={config.data.eval_fraction} has to be in [0, 1)")
+
+
+def freeze(config: Config) -> Config:
+    """Makes the whole tree immutable and hashable, in place; returns it."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, Config):
+            freeze(value)
+        elif isinstance(value, list):
+            object.__setattr__(config, f.name, tuple(value))
+    object.__setattr__(config, "_frozen", True)
+    return config
+
+
+def thaw(config: Config) -> Config:
+    """A mutable deep copy."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    return type(config)(**{n: thaw(v) if isinstance(v, Config) else v for n, v in values.items()})
+
+
+def to_dict(config: Config) -> dict:
+    """Plain nested dict, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type, values: dict, where: str = "config") -> Any:
+    """The inverse of `to_dict`; unknown keys are errors that name the nearest one."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    kwargs = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise ValueError(unknown_key(where, name, list(fields)))
+        kind = fields[name].type
+        if isinstance(kind, type) and issubclass(kind, Config):
+            value = from_dict(kind, value, f"{where}.{name}")
+        elif name == "sources":
+            value = tuple(from_dict(SourceConfig, v, f"{where}.sources") for v in value)
+        elif isinstance(value, list):
+            value = _tuples(value)
+        kwargs[name] = value
+    return cls(**kwargs)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def save(config: Config, path: str) -> None:
+    """Writes the config as JSON."""
+    with open(path, "w") as f:
+        json.dump(to_dict(config), f, indent=2)
+        f.write("\n")
+
+
+def load(cls: type, path: str) -> Any:
+    """Reads what `save` wrote."""
+    with open(path) as f:
+        return from_dict(cls, json.load(f), where=path)
+
+
+def override(config: Config, values: dict[str, Any]) -> Config:
+    """Sets dotted paths in place, as flags do: `{"model.d_model": 512}`; returns the config."""
+    for path, value in values.items():
+        *parents, name = path.split(".")
+        holder = config
+        for parent in parents:
+            if not hasattr(holder, parent):
+                raise ValueError(unknown_key(path, parent, [f.name for f in dataclasses.fields(holder)]))
+            holder = getattr(holder, parent)
+        try:
+            setattr(holder, name, value)
+        except AttributeError as e:
+            raise ValueError(str(e)) from None
+    return config

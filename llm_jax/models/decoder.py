@@ -1,0 +1,191 @@
+"""The decoder-only transformer: GPT-2, Llama and what lies between, from one config.
+
+    x = embed(tokens) (+ positions)
+    pre-norm:   x = x + attention(norm(x));  x = x + mlp(norm(x));  final norm
+    post-norm:  x = norm(x + attention(x));  x = norm(x + mlp(x))
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax import sharding
+from llm_jax.config import ModelConfig
+from llm_jax.nn import attention, head, layers, positions, weights
+from llm_jax.nn.params import Normal, ParamSpec, flatten, stacked, unflatten
+from llm_jax.nn.stack import stack
+from llm_jax.types import Array, Batch, Cache, Hidden, PyTree, Scores
+
+
+def specs(cfg: ModelConfig) -> PyTree:
+    """Every parameter of the model, declared."""
+    D = cfg.d_model
+    rows = -(-cfg.vocab_size // cfg.vocab_multiple) * cfg.vocab_multiple
+    # Residual projections start smaller, so that the stream's variance does not grow with depth
+    # (Radford et al. 2019).
+    out_std = cfg.init_std / math.sqrt(2 * cfg.n_layers)
+    tree = {
+        "embed": {"tokens": ParamSpec((rows, D), ("vocab", "embed"), Normal(cfg.init_std))},
+        "layers": stacked(
+            {
+                "attn_norm": layers.norm_specs(cfg, D),
+                "attn": attention.specs(cfg, out_std),
+                "mlp_norm": layers.norm_specs(cfg, D),
+                "mlp": layers.mlp_specs(cfg, out_std),
+            },
+            cfg.n_layers,
+        ),
+    }
+    if cfg.positions == "learned":
+        tree["embed"]["positions"] = ParamSpec((cfg.max_length, D), (None, "embed"), Normal(cfg.init_std))
+    if cfg.norm_position == "pre":
+        tree["final_norm"] = layers.norm_specs(cfg, D)
+    if not cfg.tied:
+        tree["head"] = {"w": ParamSpec((rows, D), ("vocab", "embed"), Normal(cfg.init_std))}
+    return tree
+
+
+def hidden(
+    params: PyTree, batch: Batch, cfg: ModelConfig, *, cache: Cache | None = None, rng: Array | None = None
+) -> Hidden:
+    """The trunk: tokens [B, L] -> x [B, L, D] after the final norm.
+
+    Without a cache rows attend within themselves; with one the tokens are written behind what it
+    holds. `rng` is one key per row [B] for dropout, None in evaluation.
+    """
+    params = cast(params, cfg.dtype)
+    B, L = batch.tokens.shape
+    position_BxL, side, cache = _side(batch, cfg, cache)
+    side["rng"] = rng
+
+    with jax.named_scope("embed"):
+        x = layers.embed(params["embed"]["tokens"], batch.tokens)
+        if cfg.positions == "learned":
+            x = x + layers.embed(params["embed"]["positions"], position_BxL)
+        elif cfg.positions == "sinusoidal":
+            x = x + positions.sinusoids(position_BxL, cfg.d_model).astype(x.dtype)
+        x = layers.dropout(x, rng, cfg.dropout, salt=0)
+
+    # One table for all rows where all rows have the same positions; it closes over no batch axis.
+    shared_rope = None
+    if cfg.positions == "rope":
+        rope = positions.rope_table(position_BxL, cfg)
+        if position_BxL.shape[0] == B and B > 1:
+            side["rope"] = rope
+        else:
+            shared_rope = rope
+
+    def block(p, x, side, cache_layers, i):
+        keys = None if side["rng"] is None else jax.vmap(lambda k: jax.random.fold_in(k, i + 1))(side["rng"])
+        inner = side if shared_rope is None else {**side, "rope": shared_rope}
+        pre = cfg.norm_position == "pre"
+        with jax.named_scope("attention"):
+            h = layers.norm(p["attn_norm"], x, cfg) if pre else x
+            h, cache_layers = attention.layer(p["attn"], h, inner, cache_layers, i, cfg)
+            x = x + layers.dropout(h, keys, cfg.dropout, salt=1)
+            x = x if pre else layers.norm(p["attn_norm"], x, cfg)
+        with jax.named_scope("mlp"):
+            h = layers.norm(p["mlp_norm"], x, cfg) if pre else x
+            x = x + layers.dropout(layers.mlp(p["mlp"], h, cfg), keys, cfg.dropout, salt=2)
+            x = x if pre else layers.norm(p["mlp_norm"], x, cfg)
+        return x, cache_layers, jnp.zeros(x.shape[0], jnp.float32)
+
+    x, cache_layers, _ = stack(
+        block, params["layers"], x, side, cache.layers if cache is not None else None, cfg=cfg
+    )
+    if cfg.norm_position == "pre":
+        x = layers.norm(params["final_norm"], x, cfg)
+    if cache is not None:
+        cache = cache.replace(layers=cache_layers, index=cache.index + L)
+    return Hidden(x=x, cache=cache, penalties={})
+
+
+def scores(
+    params: PyTree,
+    batch: Batch,
+    cfg: ModelConfig,
+    *,
+    cache: Cache | None = None,
+    rng: Array | None = None,
+    want: tuple[str, ...] = ("log_probs", "log_z", "correct"),
+) -> Scores:
+    """Per-token numbers at `batch.targets` [B, L]; `want` may add "entropy", "mean_log_probs"."""
+    out = hidden(params, batch, cfg, cache=cache, rng=rng)
+    with jax.named_scope("head"):
+        terms = head.token_scores(
+            head_table(params),
+            out.x,
+            batch.targets,
+            vocab_size=cfg.vocab_size,
+            softcap=cfg.logit_softcap,
+            chunk=cfg.head_chunk,
+            want=want,
+        )
+    return Scores(**terms, penalties=out.penalties, cache=out.cache)
+
+
+def logits(params: PyTree, x_BxLxD: Array, cfg: ModelConfig) -> Array:
+    """Trunk output -> float32 [B, L, V]; for decoding and for tests."""
+    return head.logits(head_table(params), x_BxLxD, vocab_size=cfg.vocab_size, softcap=cfg.logit_softcap)
+
+
+def init_cache(params: PyTree, batch: Batch, cfg: ModelConfig, length: int) -> Cache:
+    """An empty cache of `length` slots for the rows of `batch`."""
+    B = batch.tokens.shape[0]
+    shapes = attention.cache_specs(cfg, B, length)
+    return Cache(
+        layers={
+            n: sharding.constrain(jnp.zeros(s, cfg.dtype), None, "batch", "kv_heads", None, None)
+            for n, s in shapes.items()
+        },
+        segments=jnp.zeros((B, length), jnp.int32),
+        positions=jnp.zeros((B, length), jnp.int32),
+        index=jnp.int32(0),
+    )
+
+
+def head_table(params: PyTree) -> Array:
+    """The output head's table [V, D]: its own, or the embedding it is tied to."""
+    return params["head"]["w"] if "head" in params else params["embed"]["tokens"]
+
+
+def cast(params: PyTree, dtype: str) -> PyTree:
+    """Masters -> compute type, once for all layers; norms keep float32."""
+    dtype = jnp.dtype(dtype)
+    return unflatten(
+        {
+            path: leaf
+            if path.endswith("/scale") or isinstance(leaf, weights.Weight) or leaf.dtype == dtype
+            else leaf.astype(dtype)
+            for path, leaf in flatten(params).items()
+        }
+    )
+
+
+def _side(batch: Batch, cfg: ModelConfig, cache: Cache | None) -> tuple[Array, PyTree, Cache | None]:
+    """Positions [B or 1, L], what travels beside x into every block, and the cache with this
+    call's segments and positions written into it."""
+    B, L = batch.tokens.shape
+    if cache is None:
+        position = jnp.arange(L)[None] if batch.positions is None else batch.positions
+        if batch.segments is None:
+            return position, {}, None
+        side = {"segments": (batch.segments, batch.segments)}
+        if cfg.window:
+            side["positions"] = (batch.positions, batch.positions)
+        return position, side, None
+    segments = jnp.ones((B, L), jnp.int32) if batch.segments is None else batch.segments
+    position = batch.positions
+    if position is None:
+        position = jnp.broadcast_to(cache.index + jnp.arange(L)[None], (B, L))
+    cache = cache.replace(
+        segments=jax.lax.dynamic_update_slice(cache.segments, segments, (0, cache.index)),
+        positions=jax.lax.dynamic_update_slice(cache.positions, position, (0, cache.index)),
+    )
+    side = {
+        "segments": (segments, cache.segments),
+        "positions": (position, cache.positions),
+        "start": cache.index,
+    }
+    return position, side, cache

@@ -1,0 +1,38 @@
+"""Likelihood objectives: functions of Scores, Batch and numbers."""
+
+import chex
+import jax.numpy as jnp
+
+from llm_jax.types import Batch, Loss, Mean, Scores
+
+
+def cross_entropy(
+    scores: Scores, batch: Batch, *, z_loss: float = 0.0, label_smoothing: float = 0.0
+) -> Loss:
+    """Token cross-entropy, in nats: -(1 - e) log p(target) - e mean_v log p(v) + z_loss * log_z^2.
+
+    e is `label_smoothing` (Szegedy et al. 2016), the last term PaLM's z-loss (Chowdhery et al.
+    2022), which keeps the softmax denominator near 1. Each target counts by its weight. Metrics:
+    `nll` without smoothing and z-loss, `accuracy`, and `nats_per_byte`.
+    """
+    chex.assert_rank([scores.log_probs, batch.weights], 2)
+    chex.assert_equal_shape([scores.log_probs, batch.weights])
+    w = batch.weights
+    nll = Mean.of(-scores.log_probs, w)
+    target = -scores.log_probs
+    if label_smoothing:
+        target = (1 - label_smoothing) * target - label_smoothing * scores.mean_log_probs
+    terms, scales = {"cross_entropy": Mean.of(target, w)}, {"cross_entropy": 1.0}
+    if z_loss:
+        terms["z_loss"] = Mean.of(jnp.square(scores.log_z), w)
+        scales["z_loss"] = z_loss
+    metrics = {"nll": nll, "accuracy": Mean.of(scores.correct, w)}
+    if batch.bytes is not None:
+        counted = jnp.where(w > 0, batch.bytes, 0).astype(jnp.float32)
+        metrics["nats_per_byte"] = Mean(nll.total, jnp.sum(counted))
+    return Loss(terms=terms, scales=scales, metrics=metrics)
+
+
+def wanted(label_smoothing: float) -> tuple[str, ...]:
+    """The scores that `cross_entropy` reads."""
+    return ("log_probs", "log_z", "correct") + (("mean_log_probs",) if label_smoothing else ())
