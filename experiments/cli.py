@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from llm_jax.config import Config, TrainConfig, unknown_key
 
@@ -71,7 +71,10 @@ def run_main(main: Callable[[list[str]], Any]) -> None:
         try:
             if "config" in flags.FLAGS:
                 check_config_flags(argv[1:])
-            return flags.FLAGS(argv, known_only=False)
+            rest = flags.FLAGS(argv)
+            if not flags.FLAGS["verbosity"].present:
+                logging.set_verbosity(logging.WARNING)  # libraries log every step of theirs as INFO
+            return rest
         except (ValueError, OSError, AttributeError, KeyError, TypeError, flags.Error) as e:
             one_line(e)
 

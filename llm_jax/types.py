@@ -157,5 +157,6 @@ class TrainState:
     params: PyTree  # float32 masters, the only leaves that are differentiated
     frozen: PyTree  # leaves that never change (frozen or quantised weights), or None
     opt_state: PyTree
+    ema: PyTree  # exponential moving average of params, or None
     carry: PyTree  # truncated back-propagation and memory models; else None
     bad_steps: Array  # int32 scalar, steps skipped for non-finite numbers, in a row

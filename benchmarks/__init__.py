@@ -1,0 +1,1 @@
+"""Measurements against peers; each program writes one JSON file to `results/`."""

@@ -1,0 +1,53 @@
+"""Trains a language model from a recipe; the same command again resumes.
+
+    python -m experiments.pretrain --config=configs/quickstart.py --workdir=runs/quickstart
+    python -m experiments.pretrain --config=configs/shakespeare_char.py --workdir=runs/shakespeare \\
+        --input=tinyshakespeare.txt --config.steps=500
+"""
+
+import json
+import os
+
+from absl import flags
+
+from experiments import cli
+
+_CONFIG = cli.define_config()
+_WORKDIR = flags.DEFINE_string("workdir", None, "run directory; made if absent, resumed if not", required=True)
+_INPUT = flags.DEFINE_list(
+    "input", [], "training text: files, folders, globs, hf:NAME; replaces the recipe's data"
+)
+_EVAL_INPUT = flags.DEFINE_list("eval_input", [], "held-out text; default: the last 10 % of the input")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "prepare the data, print what would run, and stop")
+_DEBUG = flags.DEFINE_bool("debug", False, "no jit, no scan, stop at the first NaN")
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    if _CONFIG.value is None:
+        raise ValueError("--config is needed, for example --config=configs/quickstart.py")
+    cfg = _CONFIG.value
+    if _INPUT.value:
+        cfg.data.inputs, cfg.data.sources = tuple(_INPUT.value), ()
+    if _EVAL_INPUT.value:
+        cfg.data.eval_inputs = tuple(_EVAL_INPUT.value)
+
+    from llm_jax.train.loop import train
+
+    summary = train(cfg, _WORKDIR.value, dry_run=_DRY_RUN.value, debug=_DEBUG.value)
+    if _DRY_RUN.value:
+        return
+    samples = os.path.join(_WORKDIR.value, "samples.jsonl")
+    if os.path.exists(samples):
+        with open(samples) as f:
+            *_, last = f
+        sample = json.loads(last)
+        print(f"\nsample after step {sample['step']}:\n{sample['prompt']}{sample['text']}\n")
+    for key, value in summary.items():
+        if value is not None:
+            print(f"{key:22} {value:,.4f}" if isinstance(value, float) else f"{key:22} {value}")
+    print(f"report: {os.path.join(_WORKDIR.value, 'report.md')}")
+
+
+if __name__ == "__main__":
+    cli.run_main(main)

@@ -1,0 +1,93 @@
+"""The object that a notebook, a server or a later verb holds: a trained model with its tokenizer."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax import config as configs
+from llm_jax import models, sharding
+from llm_jax.config import MeshConfig, TrainConfig
+from llm_jax.decode.generate import Completion, generate
+from llm_jax.eval.likelihood import text_log_probs
+from llm_jax.train import checkpoint
+from llm_jax.types import Array, Batch, PyTree
+
+
+class Model:
+    """A language model ready for use.
+
+    Attributes:
+      config: the frozen TrainConfig it was trained with.
+      params: its parameter tree.
+      tokenizer: its tokenizer.
+    """
+
+    def __init__(self, config: TrainConfig, params: PyTree, tokenizer: Any, mesh: jax.sharding.Mesh):
+        self.config, self.params, self.tokenizer, self.mesh = config, params, tokenizer, mesh
+
+    def logits(self, tokens: Any) -> Array:
+        """Ids [B, L] -> float32 [B, L, V]: logits of the token after each.
+
+        Raises:
+          ValueError: ids of another rank, or outside the vocabulary.
+        """
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
+            raise ValueError(f"tokens have to be integers [B, L], not {tokens.dtype} {tokens.shape}")
+        vocab = self.config.model.vocab_size
+        if tokens.min() < 0 or tokens.max() >= vocab:
+            bad = tokens[(tokens < 0) | (tokens >= vocab)][0]
+            raise ValueError(f"token id {bad} is outside the model's vocabulary of {vocab}")
+        if self.config.model.positions == "learned" and tokens.shape[1] > self.config.model.max_length:
+            raise ValueError(
+                f"{tokens.shape[1]} tokens do not fit the model's {self.config.model.max_length} positions"
+            )
+        with jax.set_mesh(self.mesh):
+            return _logits(self.params, jnp.asarray(tokens, jnp.int32), self.config.model)
+
+    def log_probs(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """log p of each token of each text given what stands before it, nats: float32 [n tokens]."""
+        if isinstance(texts, str):
+            raise ValueError("log_probs takes a list of texts, not one string")
+        with jax.set_mesh(self.mesh):
+            return text_log_probs(self.params, self.config.model, self.tokenizer, texts)
+
+    def complete(self, prompts: Sequence[str | Sequence[int]], **sampling: Any) -> list[Completion]:
+        """Completions with tokens, log-probabilities and the reason they ended; see `decode.generate`."""
+        if isinstance(prompts, str):
+            raise ValueError("prompts have to be a list of texts, not one string")
+        sampling.setdefault("add_bos", self.config.data.add_bos)
+        with jax.set_mesh(self.mesh):
+            return generate(self.params, self.config.model, self.tokenizer, prompts, **sampling)
+
+    def generate(self, prompts: Sequence[str | Sequence[int]], **sampling: Any) -> list[str]:
+        """The completed texts, without their prompts; keywords as in `decode.generate.generate`."""
+        return [completion.text for completion in self.complete(prompts, **sampling)]
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _logits(params: PyTree, tokens: Array, cfg: configs.ModelConfig) -> Array:
+    model = models.family(cfg.family)
+    return model.logits(params, model.hidden(params, Batch(tokens=tokens), cfg).x, cfg)
+
+
+def load(path: str | Path, *, mesh: MeshConfig | None = None) -> Model:
+    """Loads a checkpoint: a run directory, its checkpoints folder, or one step folder.
+
+    Without `mesh` everything is on one device, whatever mesh it was trained on.
+
+    Raises:
+      FileNotFoundError: no checkpoint there.
+      ValueError: a damaged checkpoint, or one of another format.
+    """
+    config = checkpoint.load_config(path)
+    devices = jax.devices()[:1] if mesh is None else None
+    device_mesh = sharding.make_mesh(mesh or MeshConfig(), devices)
+    specs = models.family(config.model.family).specs(config.model)
+    params = checkpoint.load_params(path, specs, device_mesh)
+    return Model(config, params, checkpoint.load_tokenizer(path), device_mesh)

@@ -1,0 +1,1 @@
+"""Text in, rows out: documents, encoding, shards, packing, mixture, loader; and prepare."""

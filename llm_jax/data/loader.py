@@ -1,0 +1,288 @@
+"""Rows to batches: a function of (seed, step), so the state of the data is the step number."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from llm_jax.data import packing as packing_
+from llm_jax.data.mixture import Component, Mixture, check_weights
+from llm_jax.data.permutation import permute
+from llm_jax.data.tokens import Tokens
+from llm_jax.types import Batch
+
+PREFETCHED_BATCHES = 4
+BLOCK_ROWS = 1024
+
+
+class Loader:
+    """Batches of training, by step number or one after another; made by `make_loader`.
+
+    Attributes:
+      steps: number of batches.
+      identity: JSON-ready dict of all that the batches depend on; equal for equal data order. A
+        checkpoint stores it beside the step number, and a resumed run compares.
+      epoch_rows: rows of one pass over each source.
+      utilisation: share of row places that hold a token, of each source.
+    """
+
+    def __init__(
+        self, streams: list["_Stream"], mixture: Mixture, *, batch_size: int, steps: int, seed: int,
+        token_lengths: np.ndarray, host_index: int, host_count: int
+    ):  # fmt: skip
+        self.steps = steps
+        self._streams, self._mixture, self._token_lengths = streams, mixture, token_lengths
+        share = batch_size // host_count
+        self._rows = slice(host_index * share, (host_index + 1) * share)
+        self.epoch_rows = {s.name: s.epoch_rows for s in streams}
+        self.utilisation = {s.name: s.utilisation for s in streams}
+        self.identity = {
+            "seed": seed,
+            "batch_size": batch_size,
+            "sources": [s.identity for s in streams],
+        }
+        if len(streams) > 1:
+            self.identity["steps"] = steps  # the curves of the weights stretch over them
+
+    def batch(self, step: int) -> Batch:
+        """This host's rows of a step, as numpy arrays.
+
+        Of the global batch host h of H has the h-th of H blocks of rows, so that the hosts' rows
+        in order are what a single host would have. Raises IndexError for a step outside training.
+        """
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} is outside training's {self.steps} steps")
+        source_B, row_B = (a[self._rows] for a in self._mixture.step(step))
+        parts = []
+        for i in np.unique(source_B):
+            here = source_B == i
+            parts.append((here, self._streams[i].rows(row_B[here])))
+        return _to_batch(_merge(parts), self._token_lengths, [s.tokens for s in self._streams])
+
+    def iterate(self, start_step: int = 0) -> Iterator[Batch]:
+        """`batch(start_step)`, ... to the last, made ahead of time in a background thread."""
+        import grain
+
+        if start_step >= self.steps:
+            return iter(())
+        numbers = grain.MapDataset.range(start_step, self.steps)
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCHED_BATCHES)
+        return iter(numbers.map(self.batch).to_iter_dataset(options))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.iterate()
+
+
+def make_loader(
+    train: Sequence[Component],
+    *,
+    length: int,
+    batch_size: int,
+    steps: int,
+    packing: str = "split",
+    isolate_documents: bool = True,
+    seed: int = 0,
+    token_lengths: np.ndarray,
+    shuffle: bool = True,
+    host_index: int = 0,
+    host_count: int = 1,
+) -> Loader:
+    """A loader over weighted sources.
+
+    Args:
+      length, batch_size: tokens a row, rows a step over all hosts.
+      packing: "split", "first_fit" or "pad", see `llm_jax.data.packing`.
+      isolate_documents: no token sees, or is predicted from, another document.
+      token_lengths: int32 [V], UTF-8 bytes of each id.
+      shuffle: rows come in another order in each epoch, and where `split` cuts differs as well;
+        otherwise in the order of the text.
+
+    Raises ValueError if a source has less than one row, or nothing that can be predicted.
+    """
+    if batch_size % host_count:
+        raise ValueError(f"batch_size={batch_size} is not divisible by the {host_count} processes")
+    if len({c.name for c in train}) < len(train):
+        raise ValueError("data.sources: two sources have the same name")
+    for component in train:
+        check_weights(component.name, component.weights)
+        _check_tokens(component.tokens, component.name, token_lengths, isolate_documents)
+    streams = [
+        _Stream(c, packing, length, isolate_documents, seed if shuffle else None) for c in train
+    ]
+    return Loader(
+        streams,
+        Mixture([c.weights for c in train], steps, batch_size),
+        batch_size=batch_size,
+        steps=steps,
+        seed=seed,
+        token_lengths=np.asarray(token_lengths, np.int32),
+        host_index=host_index,
+        host_count=host_count,
+    )
+
+
+class _Stream:
+    """The endless rows of one source: epoch after epoch."""
+
+    def __init__(
+        self, component: Component, packing: str, length: int, isolate: bool, seed: int | None
+    ):
+        self.name, self.tokens = component.name, component.tokens
+        self._length, self._isolate, self._seed = length, isolate, seed
+        self._plan, self._slack = None, 0
+        # Orders are made a block of rows at a time: most batches then only look theirs up.
+        self._block = functools.lru_cache(maxsize=16)(self._order)
+        if packing == "split":
+            targets = self.tokens.total - 1
+            if targets < length:
+                raise ValueError(
+                    f"{self.name}: {self.tokens.total:,} tokens are less than one row of {length:,}"
+                    " and the token after it; lower --config.length or add text (--input)"
+                )
+            # One row less where there are two: what is left gives every epoch room to shift.
+            whole = targets // length
+            self.epoch_rows = max(whole - 1, 1) if seed is not None else whole
+            self._slack = min(targets - self.epoch_rows * length, length - 1)
+            self.utilisation = 1.0
+        else:
+            self._plan = packing_.make_plan(self.tokens, packing, length)
+            self.epoch_rows, self.utilisation = len(self._plan), self._plan.utilisation
+        manifest = self.tokens.manifest
+        self.identity = {
+            "name": self.name,
+            "tokens": manifest.fingerprint() if manifest else self.tokens.total,
+            "weights": [list(point) for point in component.weights],
+            "packing": packing,
+            "length": length,
+            "isolate_documents": isolate,
+            "shuffle": seed is not None,
+        }
+
+    def rows(self, numbers_B: np.ndarray) -> dict[str, np.ndarray]:
+        """Rows by number, counted over all epochs."""
+        block_B = numbers_B // BLOCK_ROWS
+        first = int(block_B.min())
+        blocks = [self._block(b) for b in range(first, int(block_B.max()) + 1)]
+        rows_B = np.concatenate(blocks)[numbers_B - first * BLOCK_ROWS]
+        if self._plan is not None:
+            return packing_.packed_rows(self.tokens, self._plan, rows_B, isolate=self._isolate)
+        return packing_.split_rows(self.tokens, rows_B, self._length, isolate=self._isolate)
+
+    def _order(self, block: int) -> np.ndarray:
+        """Of BLOCK_ROWS consecutive row numbers: the first token ("split"), or the plan's row."""
+        number_N = np.arange(block * BLOCK_ROWS, (block + 1) * BLOCK_ROWS)
+        epoch_N, index_N = np.divmod(number_N, self.epoch_rows)
+        offset_N = np.zeros_like(index_N)
+        for epoch in np.unique(epoch_N) if self._seed is not None else ():
+            here = epoch_N == epoch
+            words = [self._seed, int(epoch), *self.name.encode()]
+            key, shift = np.random.SeedSequence(words).generate_state(2, np.uint64).tolist()
+            index_N[here] = permute(index_N[here], self.epoch_rows, key)
+            offset_N[here] = shift % (self._slack + 1)
+        return index_N if self._plan is not None else index_N * self._length + offset_N
+
+
+class EvalBatches:
+    """The batches of a held-out text, in order; `len`, iteration and indexing."""
+
+    def __init__(self, make: Any, rows: int, batch_size: int):
+        self._make, self.rows, self._batch_size = make, rows, batch_size
+
+    def __len__(self) -> int:
+        return (self.rows + self._batch_size - 1) // self._batch_size
+
+    def __getitem__(self, i: int) -> Batch:
+        if not 0 <= i < len(self):
+            raise IndexError(f"batch {i} of {len(self)}")
+        return self._make(np.arange(i * self._batch_size, (i + 1) * self._batch_size))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[i] for i in range(len(self)))
+
+
+def eval_batches(
+    tokens: Tokens,
+    *,
+    length: int,
+    batch_size: int,
+    packing: str = "split",
+    isolate_documents: bool = True,
+    token_lengths: np.ndarray,
+    rows: int = 0,
+    host_index: int = 0,
+    host_count: int = 1,
+) -> EvalBatches:
+    """A held-out text, each of its targets exactly once, in batches of one shape.
+
+    Under "split", row i starts at token i * length, and the target of its last token is the first
+    token of row i + 1. What is missing in the last row and the last batch is padding at the end,
+    weight 0. (Not isolated, rows have no segments even then: a causal model does not see it.)
+
+    Args:
+      rows: this many rows only, evenly spaced over the text; 0: all.
+      host_index, host_count: as in `make_loader`; `batch_size` is that of all hosts.
+    """
+    _check_tokens(tokens, "the held-out text", token_lengths, isolate_documents)
+    if batch_size % host_count:
+        raise ValueError(f"batch_size={batch_size} is not divisible by the {host_count} processes")
+    plan = None if packing == "split" else packing_.make_plan(tokens, packing, length)
+    whole = -(-(tokens.total - 1) // length) if plan is None else len(plan)
+    chosen = np.arange(whole) if not 0 < rows < whole else np.arange(rows) * whole // rows
+    share = batch_size // host_count
+    lengths_V = np.asarray(token_lengths, np.int32)
+
+    def make(places_B: np.ndarray) -> Batch:
+        places_B = places_B[host_index * share : (host_index + 1) * share]
+        real_B = places_B < len(chosen)
+        if plan is None:
+            starts_B = np.full(len(places_B), tokens.total)  # past the end: all padding
+            starts_B[real_B] = chosen[places_B[real_B]] * length
+            leaves = packing_.split_rows(tokens, starts_B, length, isolate=isolate_documents)
+        else:
+            found = packing_.packed_rows(
+                tokens, plan, chosen[places_B[real_B]], isolate=isolate_documents
+            )
+            leaves = _merge([(real_B, found)])
+        return _to_batch(leaves, lengths_V, [tokens])
+
+    return EvalBatches(make, len(chosen), batch_size)
+
+
+def _check_tokens(tokens: Tokens, name: str, token_lengths: np.ndarray, isolate: bool) -> None:
+    if len(token_lengths) != tokens.vocab_size:
+        raise ValueError(
+            f"{name}: tokens of a vocabulary of {tokens.vocab_size:,}, but the tokenizer has "
+            f"{len(token_lengths):,}; prepare the data with this tokenizer"
+        )
+    if tokens.total - (tokens.documents if isolate else 1) < 1:
+        raise ValueError(
+            f"{name}: no trainable token: {tokens.total:,} tokens in {tokens.documents:,} "
+            "documents leave nothing to predict; add text (--input)"
+        )
+
+
+def _merge(parts: list[tuple[np.ndarray, dict[str, np.ndarray]]]) -> dict[str, np.ndarray]:
+    """Leaves of several sources at their places (bool [B]); other rows are 0."""
+    if len(parts) == 1 and parts[0][0].all():
+        return parts[0][1]
+    merged = {}
+    for here, leaves in parts:
+        for name, values in leaves.items():
+            if name not in merged:
+                merged[name] = np.zeros((len(here), *values.shape[1:]), values.dtype)
+            merged[name][here] = values
+    return merged
+
+
+def _to_batch(leaves: dict[str, np.ndarray], lengths_V: np.ndarray, sources: list[Tokens]) -> Batch:
+    try:
+        bytes_BxT = lengths_V[leaves["targets"]]
+    except IndexError:
+        where = ", ".join(t.name for t in sources)
+        raise ValueError(
+            f"a token id of this batch is outside the vocabulary of {len(lengths_V):,}: one of "
+            f"{where} is damaged; delete it and run the same command again to rebuild it"
+        ) from None
+    bytes_BxT[leaves["weights"] == 0] = 0
+    return Batch(**leaves, bytes=bytes_BxT)

@@ -1,0 +1,392 @@
+"""The training loop: data, state, steps, evaluation, checkpoints and what a run leaves behind.
+
+Resume order: (1) data and tokenizer are prepared or found again, (2) the config is resolved and
+frozen, (3) mesh and program, (4) the loader, whose batch is a function of (seed, step) alone,
+(5) the state: the last checkpoint of this run, or the parameters of `checkpoint.init_from`, or a
+fresh start, (6) steps from where the state stands.
+"""
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from llm_jax import config as configs
+from llm_jax import sharding
+from llm_jax.config import TrainConfig
+from llm_jax.data import loader as data_loader
+from llm_jax.data.prepare import Corpus, prepare_corpus
+from llm_jax.decode.generate import generate
+from llm_jax.eval import likelihood
+from llm_jax.nn.params import count, flatten
+from llm_jax.train import checkpoint, environment, summary
+from llm_jax.train.checkpoint import Checkpoints
+from llm_jax.train.metrics import (
+    MetricsLog,
+    Progress,
+    SpikeScore,
+    Throughput,
+    peak_flops,
+    train_flops_per_token,
+)
+from llm_jax.train.program import Program, abstract_state, build, put
+from llm_jax.types import TrainState
+
+SIGTERM_EXIT = 143  # what a shell reports for a process that SIGTERM ended
+
+
+class Interrupted(SystemExit):
+    """The run was asked to stop, and saved; running the same command again goes on."""
+
+
+class NonFiniteError(Exception):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+def train(cfg: TrainConfig, workdir: str | Path, *, dry_run: bool = False, debug: bool = False) -> dict[str, Any]:
+    """Runs or resumes the training that `cfg` describes in `workdir`; returns its summary.
+
+    `cfg` is resolved and frozen here. `dry_run` prepares everything, prints what would run and
+    compiles nothing. `debug` runs without jit and without scan and stops at the first NaN.
+
+    Raises:
+      ValueError, OSError: what the user can mend, in one line.
+      Interrupted: after SIGTERM or Ctrl-C, once the state is saved.
+    """
+    begin = time.perf_counter()
+    workdir = Path(workdir)
+    environment.check_accelerator()
+    environment.use_compilation_cache(cfg.log.compilation_cache)
+    workdir.mkdir(parents=True, exist_ok=True)
+    if debug:
+        cfg.model.scan = False
+        jax.config.update("jax_debug_nans", True)
+        jax.config.update("jax_disable_jit", True)
+
+    if cfg.checkpoint.init_from and not cfg.tokenizer.path:
+        base = checkpoint.load_tokenizer(cfg.checkpoint.init_from)
+        base.save(workdir / "tokenizer")
+        cfg.tokenizer.path = str(workdir / "tokenizer")
+    configs.validate(cfg)
+    corpus = prepare_corpus(cfg.data, cfg.tokenizer, str(workdir), writer=jax.process_index() == 0)
+    configs.resolve_model(
+        cfg.model, vocab_size=corpus.tokenizer.vocab_size, length=cfg.length, backend=jax.default_backend()
+    )
+    if cfg.model.vocab_size < corpus.tokenizer.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={cfg.model.vocab_size} is smaller than the tokenizer's "
+            f"{corpus.tokenizer.vocab_size}; leave it 0 to take the tokenizer's"
+        )
+    configs.validate(cfg)
+    configs.freeze(cfg)
+    mesh = sharding.make_mesh(cfg.mesh)
+    with jax.set_mesh(mesh):
+        program = build(cfg, mesh)
+        run = _Run(cfg, workdir, corpus, program)
+        if dry_run:
+            return run.describe()
+        environment.write(workdir, cfg, corpus.tokenizer.fingerprint(), run.loader.identity)
+        return run.train(begin)
+
+
+class _Run:
+    """One process's share of a run: the pieces that the loop needs at hand."""
+
+    def __init__(self, cfg: TrainConfig, workdir: Path, corpus: Corpus, program: Program):
+        self.cfg, self.workdir, self.corpus, self.program = cfg, workdir, corpus, program
+        self.main = jax.process_index() == 0
+        lengths = corpus.tokenizer.token_lengths()
+        self.loader = data_loader.make_loader(
+            corpus.train,
+            length=cfg.length,
+            batch_size=cfg.batch_size,
+            steps=cfg.steps,
+            packing=cfg.data.packing,
+            isolate_documents=cfg.data.isolate_documents,
+            seed=cfg.seed,
+            token_lengths=lengths,
+            shuffle=cfg.data.shuffle,
+            host_index=jax.process_index(),
+            host_count=jax.process_count(),
+        )
+        self.eval_batches = None
+        if corpus.evaluation is not None:
+            self.eval_batches = data_loader.eval_batches(
+                corpus.evaluation,
+                length=cfg.length,
+                batch_size=cfg.eval.batch_size or cfg.batch_size // cfg.accumulation,
+                packing=cfg.data.packing,
+                isolate_documents=cfg.data.isolate_documents,
+                rows=cfg.eval.rows,
+                token_lengths=lengths,
+                host_index=jax.process_index(),
+                host_count=jax.process_count(),
+            )
+        self.tokens_per_step = cfg.batch_size * cfg.length
+        self.flops_per_token = train_flops_per_token(program.specs, cfg.model, cfg.length)
+        self.samples: list[dict] = []
+
+    def describe(self) -> dict[str, Any]:
+        """What would run, printed; nothing is compiled."""
+        cfg, m = self.cfg, self.cfg.model
+        rows = {
+            "parameters": count(self.program.specs),
+            "parameters without embeddings": count(self.program.specs, embeddings=False),
+            "mesh": " ".join(f"{a}={n}" for a, n in self.program.mesh.shape.items() if n > 1) or "one device",
+            "compute type": m.dtype,
+            "tokens a step": self.tokens_per_step,
+            "tokens in all": self.tokens_per_step * cfg.steps,
+            "training tokens in the data": sum(s.tokens.total for s in self.corpus.train),
+            "held-out tokens": 0 if self.corpus.evaluation is None else self.corpus.evaluation.total,
+            "training FLOPs": self.flops_per_token * self.tokens_per_step * cfg.steps,
+        }
+        for name, value in rows.items():
+            print(f"{name:32} {value:,}" if isinstance(value, int) else f"{name:32} {value}")
+        return rows
+
+    # The state ---------------------------------------------------------------------------------
+
+    def initial_state(self, checkpoints: Checkpoints) -> TrainState:
+        cfg = self.cfg
+        key = jax.random.key(cfg.seed)
+        latest = checkpoints.latest()
+        if latest is not None:
+            for line in environment.config_changes(checkpoint.load_config(checkpoints.directory), cfg):
+                self._say(f"note: this run goes on with {line}")
+            self._say(f"resuming from step {latest} in {checkpoints.directory}")
+            return checkpoints.restore(abstract_state(self.program), latest)
+        if cfg.checkpoint.init_from:
+            self._say(f"starting from the parameters of {cfg.checkpoint.init_from}")
+            params = checkpoint.load_params(
+                cfg.checkpoint.init_from, self.program.specs, self.program.mesh
+            )
+            return self.program.start(params, key)
+        return self.program.init(key)
+
+    # The loop ----------------------------------------------------------------------------------
+
+    def train(self, begin: float) -> dict[str, Any]:
+        cfg, program = self.cfg, self.program
+        finished = self.workdir / "summary.json"
+        checkpoints = Checkpoints(
+            self.workdir / "checkpoints", cfg, self.corpus.tokenizer, self.loader.identity
+        )
+        state = self.initial_state(checkpoints)
+        start = int(state.step)
+        if start >= cfg.steps:
+            self._say(
+                f"this run is finished at step {start}; for more, raise --config.steps or choose another --workdir"
+            )
+            if finished.exists():
+                return json.loads(finished.read_text())
+        self.log = MetricsLog(
+            self.workdir, step=start, tensorboard=cfg.log.tensorboard, active=self.main
+        )
+        self.progress = Progress(cfg.steps, start, active=self.main)
+        self.speed = Throughput(self.tokens_per_step)
+        self.spikes = SpikeScore()
+        self.peak = peak_flops(jax.devices()[0]) * jax.device_count()
+        self.last: dict[str, Any] = {}
+        stop = _StopSignals()
+        pending = None
+        saved = start if start else None
+        evaluated: dict[str, float] = {}
+        batches = self.loader.iterate(start)
+        self.speed.pause()
+        try:
+            for step in range(start + 1, cfg.steps + 1):
+                self._profile(step)
+                batch = put(next(batches), program.mesh, cfg.accumulation)
+                state, metrics = program.step(state, batch)
+                if pending is not None:
+                    self._record(*pending)  # of the step before: the device never waits for the host
+                pending = (step, metrics)
+                last = step == cfg.steps or stop.asked
+                evaluates = self.eval_batches is not None and (
+                    step == cfg.steps or (cfg.eval.every and step % cfg.eval.every == 0)
+                )
+                saves = last or (cfg.checkpoint.every and step % cfg.checkpoint.every == 0)
+                if evaluates or saves or last:
+                    jax.block_until_ready(metrics["loss"])
+                    rate = self._rate(1)
+                    if evaluates:
+                        evaluated = self._evaluate(state)
+                    self._record(step, metrics, extra=evaluated if evaluates else {}, rate=rate)
+                    pending = None
+                    if evaluates and cfg.eval.sample_tokens:
+                        self._sample(state, step)
+                    if saves:
+                        checkpoints.save(
+                            state, step, evaluated.get("eval_loss") if evaluates else None, wait=last
+                        )
+                        saved = step
+                    self.speed.pause()
+                if stop.asked:
+                    break
+        except NonFiniteError as e:
+            checkpoints.save(self._good(state), int(state.step), None, wait=True)
+            raise ValueError(f"{e}; the last good state is saved in {checkpoints.directory}") from None
+        finally:
+            stop.restore()
+            self.progress.close()
+            self.log.close()
+        checkpoints.close()
+        if stop.asked and int(state.step) < cfg.steps:
+            self._say(
+                f"stopped by {stop.asked} and saved at step {saved}; run the same command again to go on"
+            )
+            raise Interrupted(SIGTERM_EXIT)
+        return self._finish(state, evaluated, begin)
+
+    def _good(self, state: TrainState) -> TrainState:
+        return state.replace(bad_steps=state.bad_steps * 0)
+
+    def _rate(self, steps: int) -> float:
+        self.speed.step(steps)
+        return self.speed.read()
+
+    def _record(self, step: int, metrics: dict, extra: dict | None = None, rate: float | None = None):
+        """Reads a finished step's numbers; writes a line where one is due."""
+        values = jax.device_get(metrics)
+        squares, bad = values.pop("grad_squares"), int(values.pop("bad_steps"))
+        values = {k: float(v) for k, v in values.items()}
+        if values.pop("weight") == 0:
+            raise ValueError(
+                f"no target of step {step}'s batch counts (all weights are 0); see data.packing and the data"
+            )
+        if bad:
+            self._bad_step(step, bad, values["loss"], squares)
+        spike = self.spikes(values["loss"])
+        if rate is None:
+            self.speed.step()
+        due = step % self.cfg.log.every == 0 or step == 1 or extra or bad
+        if due and rate is None:
+            rate = self.speed.read()
+        if rate is not None:
+            self.last = {"tokens_per_second": rate, "mfu": rate * self.flops_per_token / self.peak}
+        if due:
+            line = {
+                "step": step,
+                "loss": values.pop("loss"),
+                "lr": float(self.program.schedule(step - 1)),
+                "grad_norm": values.pop("grad_norm"),
+                **self.last,
+                "spike": spike,
+                **{k: v for k, v in values.items() if k != "nll" or self.cfg.z_loss or self.cfg.label_smoothing},
+                **({"bad_steps": bad} if bad else {}),
+                **(extra or {}),
+            }
+            if "nats_per_byte" in line:
+                line["train_bits_per_byte"] = line.pop("nats_per_byte") / float(np.log(2))
+            self.log.write(line)
+            self.last["loss"] = line["loss"]
+            if extra:
+                self.progress.say(
+                    f"step {step}: "
+                    + "  ".join(f"{k} {extra[k]:.4f}" for k in ("eval_loss", "bits_per_byte") if k in extra)
+                )
+        self.progress.update(step, self._fields)
+
+    def _fields(self) -> dict[str, str]:
+        out = {}
+        if "loss" in self.last:
+            out["loss"] = f"{self.last['loss']:.3f}"
+        if "mfu" in self.last:
+            out["tokens/s"] = f"{self.last['tokens_per_second']:,.0f}"
+            out["MFU"] = f"{self.last['mfu']:.1%}"
+        return out
+
+    def _bad_step(self, step: int, bad: int, loss: float, squares: np.ndarray) -> None:
+        names = list(flatten(self.program.shardings.params))
+        where = [n for n, s in zip(names, squares, strict=True) if not np.isfinite(s)]
+        what = f"loss {loss}" if not np.isfinite(loss) else f"gradient of {where[0] if where else 'the sum'}"
+        self.progress.say(f"step {step} is skipped: non-finite {what} ({bad} in a row)")
+        if bad >= self.cfg.optimizer.max_bad_steps:
+            raise NonFiniteError(
+                f"{bad} non-finite steps in a row up to step {step} ({what}); lower "
+                "--config.optimizer.learning_rate or look at the data"
+            )
+
+    def _evaluate(self, state: TrainState) -> dict[str, float]:
+        params = self.program.params(state)
+        batches = (put(b, self.program.mesh) for b in self.eval_batches)
+        return likelihood.evaluate(self.program.evaluate, params, batches)
+
+    def _sample(self, state: TrainState, step: int) -> None:
+        if jax.process_count() > 1:
+            return  # sampling needs every host at the same loop count; `generate` does it after
+        cfg = self.cfg.eval
+        room = self.cfg.model.max_length if self.cfg.model.positions == "learned" else None
+        n = cfg.sample_tokens if room is None else min(cfg.sample_tokens, room - 1)
+        outs = generate(
+            self.program.params(state),
+            self.cfg.model,
+            self.corpus.tokenizer,
+            list(cfg.prompts),
+            max_new_tokens=n,
+            seed=self.cfg.seed,
+            add_bos=self.cfg.data.add_bos,
+            temperature=cfg.temperature,
+            top_k=cfg.top_k,
+            top_p=cfg.top_p,
+        )
+        for prompt, out in zip(cfg.prompts, outs, strict=True):
+            self.samples.append({"step": step, "prompt": prompt, "text": out.text})
+        if self.main:
+            with (self.workdir / "samples.jsonl").open("a") as f:
+                for sample in self.samples[-len(outs) :]:
+                    f.write(json.dumps(sample) + "\n")
+
+    def _profile(self, step: int) -> None:
+        log = self.cfg.log
+        if not log.profile_steps:
+            return
+        if step == log.profile_start + 1:
+            jax.profiler.start_trace(str(self.workdir / "profile"))
+        if step == log.profile_start + log.profile_steps + 1:
+            jax.profiler.stop_trace()
+            self._say(f"profile of {log.profile_steps} steps in {self.workdir / 'profile'}")
+
+    def _finish(self, state: TrainState, evaluated: dict, begin: float) -> dict[str, Any]:
+        result = summary.write(
+            self.workdir,
+            self.cfg,
+            self.program.specs,
+            corpus=self.corpus,
+            evaluated=evaluated,
+            flops=self.flops_per_token * self.tokens_per_step * int(state.step),
+            wall_seconds=time.perf_counter() - begin,
+            active=self.main,
+        )
+        return result
+
+    def _say(self, text: str) -> None:
+        if self.main:
+            print(text, flush=True)
+
+
+class _StopSignals:
+    """SIGTERM and the first Ctrl-C ask the loop to stop after the step it is in."""
+
+    def __init__(self):
+        self.asked = ""
+        self._old: dict[int, Any] = {}
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._ask)
+        except ValueError:
+            pass  # not in the main thread (a notebook's worker): signals stay as they are
+
+    def _ask(self, number: int, _frame: Any) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = signal.Signals(number).name
+
+    def restore(self) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+

@@ -1,0 +1,157 @@
+"""Everything of a run that follows from its config and mesh: the jitted functions and layouts.
+
+The only place where a train step is jitted, sharded and donated.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llm_jax import models, sharding
+from llm_jax.config import TrainConfig
+from llm_jax.nn import params as nn_params
+from llm_jax.objectives import likelihood
+from llm_jax.train.optimizer import make_optimizer, merge, partition, state_shardings
+from llm_jax.train.step import LossFn, make_train_step
+from llm_jax.types import Array, Batch, Mean, PyTree, TrainState
+
+
+class Program(NamedTuple):
+    """A run's functions. All of them expect `mesh` to be entered with `jax.set_mesh`."""
+
+    mesh: Mesh
+    specs: PyTree
+    schedule: optax.Schedule
+    shardings: TrainState  # a NamedSharding for each leaf of the state
+    init: Callable[[Array], TrainState]  # key -> state, born sharded
+    start: Callable[[PyTree, Array], TrainState]  # (whole parameter tree, key) -> state
+    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]  # donates the state
+    evaluate: Callable[[PyTree, Batch], dict[str, Mean]]  # whole parameter tree, batch [B, ...]
+    params: Callable[[TrainState], PyTree]  # the whole tree to evaluate with: the EMA if there is one
+
+
+def make_loss_fn(cfg: TrainConfig) -> LossFn:
+    """Causal language modelling: cross-entropy of the model family's scores."""
+    model = models.family(cfg.model.family)
+    want = likelihood.wanted(cfg.label_smoothing)
+
+    def loss_fn(params: PyTree, batch: Batch, carry: PyTree, keys: Array | None):
+        scores = model.scores(params, batch, cfg.model, rng=keys, want=want)
+        loss = likelihood.cross_entropy(
+            scores, batch, z_loss=cfg.z_loss, label_smoothing=cfg.label_smoothing
+        )
+        return loss, carry
+
+    return loss_fn
+
+
+def build(cfg: TrainConfig, mesh: Mesh, loss_fn: LossFn | None = None) -> Program:
+    """The program of a frozen config on a mesh (an AbstractMesh will do for lowering)."""
+    sharding.check_divisible(cfg, dict(mesh.shape))
+    model = models.family(cfg.model.family)
+    specs = model.specs(cfg.model)
+    trainable, frozen = partition(specs, cfg.optimizer)
+    optimizer, schedule = make_optimizer(cfg.optimizer, cfg.steps, trainable)
+    loss_fn = loss_fn or make_loss_fn(cfg)
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def start(params: PyTree, key: Array) -> TrainState:
+        params, frozen = partition(params, cfg.optimizer)
+        return TrainState(
+            step=jnp.int32(0),
+            key=key,
+            params=params,
+            frozen=frozen,
+            opt_state=optimizer.init(params),
+            ema=jax.tree.map(jnp.copy, params) if cfg.optimizer.ema_decay else None,
+            carry=None,
+            bad_steps=jnp.int32(0),
+        )
+
+    cut = nn_params.shardings(trainable, mesh)
+    shardings = TrainState(
+        step=replicated,
+        key=replicated,
+        params=cut,
+        frozen=nn_params.shardings(frozen, mesh) if frozen else None,
+        opt_state=state_shardings(optimizer, trainable, mesh),
+        ema=cut if cfg.optimizer.ema_decay else None,
+        carry=None,
+        bad_steps=replicated,
+    )
+
+    def init(key: Array) -> TrainState:
+        return start(nn_params.init(specs, jax.random.fold_in(key, 0)), key)
+
+    def evaluate(params: PyTree, batch: Batch) -> dict[str, Mean]:
+        return loss_fn(params, batch, None, None)[0].metrics
+
+    return Program(
+        mesh=mesh,
+        specs=specs,
+        schedule=schedule,
+        shardings=shardings,
+        init=jax.jit(init, out_shardings=shardings),
+        start=jax.jit(start, out_shardings=shardings),
+        step=jax.jit(
+            make_train_step(loss_fn, optimizer, cfg),
+            in_shardings=(shardings, None),
+            out_shardings=(shardings, replicated),
+            donate_argnums=0,
+        ),
+        evaluate=jax.jit(evaluate, out_shardings=replicated),
+        params=lambda state: merge(state.params if state.ema is None else state.ema, state.frozen),
+    )
+
+
+def abstract_state(program: Program) -> TrainState:
+    """ShapeDtypeStructs of the state with their shardings; what a restore aims at."""
+    shapes = jax.eval_shape(program.init, jax.random.key(0))
+    return jax.tree.map(
+        lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, program.shardings
+    )
+
+
+def put(batch: Any, mesh: Mesh, k: int | None = None) -> Batch:
+    """This host's numpy rows [B/hosts, ...] -> the global sharded batch, in k micro-batches if given."""
+    if k is not None:
+        batch = jax.tree.map(lambda x: x.reshape(k, x.shape[0] // k, *x.shape[1:]), batch)
+    layout = sharding.batch_shardings(batch, mesh, leading=0 if k is None else 1)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, layout)
+    return jax.tree.map(jax.make_array_from_process_local_data, layout, batch)
+
+
+def abstract_batch(cfg: TrainConfig, mesh: Mesh) -> Batch:
+    """The batch that a train step of this config gets, as sharded ShapeDtypeStructs [k, B/k, L]."""
+    k = cfg.accumulation
+
+    def leaf(dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((k, cfg.batch_size // k, cfg.length), dtype)
+
+    whole_rows = cfg.data.packing == "split" and not cfg.data.isolate_documents
+    batch = Batch(
+        tokens=leaf(jnp.int32),
+        segments=None if whole_rows else leaf(jnp.int32),
+        positions=None if whole_rows else leaf(jnp.int32),
+        targets=leaf(jnp.int32),
+        weights=leaf(jnp.float32),
+        bytes=leaf(jnp.int32),
+    )
+    return jax.tree.map(
+        lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh),
+        batch,
+        sharding.batch_shardings(batch, mesh, leading=1),
+    )
+
+
+def lower(cfg: TrainConfig, mesh: jax.sharding.AbstractMesh, platform: str = "tpu") -> jax.stages.Lowered:
+    """Lowers the train step of a frozen config for a mesh that need not exist."""
+    with jax.sharding.use_abstract_mesh(mesh):
+        program = build(cfg, mesh)
+        traced = program.step.trace(abstract_state(program), abstract_batch(cfg, mesh))
+        return traced.lower(lowering_platforms=(platform,))

@@ -1,0 +1,128 @@
+"""What a finished run leaves: summary.json and report.md with its plots."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from llm_jax import report
+from llm_jax.config import TrainConfig
+from llm_jax.nn.params import count
+from llm_jax.types import PyTree
+
+
+def write(
+    workdir: Path,
+    cfg: TrainConfig,
+    specs: PyTree,
+    *,
+    corpus: Any,
+    evaluated: dict[str, float],
+    flops: float,
+    wall_seconds: float,
+    active: bool = True,
+) -> dict[str, Any]:
+    """Writes both from metrics.jsonl; returns the summary. Losses are in nats a token."""
+    if not active:
+        return {}
+    metrics = report.read_metrics(workdir / "metrics.jsonl")
+    recent = [v for s, v in zip(metrics["step"], metrics["loss"], strict=True) if s > cfg.steps - 100]
+    rates = metrics["tokens_per_second"][2:] or metrics["tokens_per_second"]
+    result = {
+        "name": cfg.name,
+        "steps": cfg.steps,
+        "tokens": cfg.steps * cfg.batch_size * cfg.length,
+        "params": count(specs),
+        "params_non_embedding": count(specs, embeddings=False),
+        "flops": flops,
+        "train_loss": statistics.fmean(v for v in recent if v is not None),
+        "eval_loss": evaluated.get("eval_loss"),
+        "bits_per_byte": evaluated.get("bits_per_byte"),
+        "perplexity": evaluated.get("perplexity"),
+        "eval_tokens": evaluated.get("eval_tokens"),
+        "tokens_per_second": statistics.median(rates),
+        "mfu": statistics.median(metrics["mfu"][2:] or metrics["mfu"]),
+        "wall_seconds": wall_seconds,
+    }
+    (workdir / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_report(workdir, cfg, result, metrics, corpus)
+    return result
+
+
+def write_report(workdir: Path, cfg: TrainConfig, result: dict, metrics: dict[str, list], corpus: Any) -> Path:
+    """report.md: the numbers, the curves, the samples, the data and the config."""
+    steps = metrics["step"]
+    smooth = max(len(steps) // 60, 1)
+
+    def curve(key: str, label: str, **style: Any) -> report.Series:
+        return report.Series(label, steps, metrics.get(key, [None] * len(steps)), **style)
+
+    losses = [curve("loss", "training", smooth=smooth)]
+    held_out = [(s, v) for s, v in zip(steps, metrics.get("eval_loss", []), strict=False) if v is not None]
+    if held_out:
+        losses.append(report.Series("held out", *zip(*held_out, strict=True), style="points"))
+    blocks: list[report.Block] = [
+        report.Table(
+            [{"what": k.replace("_", " "), "value": v} for k, v in result.items() if v is not None],
+            caption="Summary (losses in nats a token)",
+        ),
+        report.Plot("loss", losses, title="Loss", xlabel="step", ylabel="nats a token"),
+        report.Plot(
+            "bits_per_byte",
+            [
+                curve("train_bits_per_byte", "training", smooth=smooth),
+                report.Series(
+                    "held out",
+                    [s for s, v in zip(steps, metrics.get("bits_per_byte", []), strict=False) if v is not None],
+                    [v for v in metrics.get("bits_per_byte", []) if v is not None],
+                    style="points",
+                ),
+            ],
+            title="Bits per byte",
+            xlabel="step",
+            ylabel="bits per UTF-8 byte",
+        ),
+        report.Plot("learning_rate", [curve("lr", "learning rate")], title="Learning rate", xlabel="step"),
+        report.Plot(
+            "grad_norm",
+            [curve("grad_norm", "gradient norm", smooth=smooth)],
+            title="Gradient norm before clipping",
+            xlabel="step",
+            yscale="log",
+        ),
+        report.Plot(
+            "speed",
+            [curve("tokens_per_second", "tokens/s", smooth=smooth)],
+            title="Training speed",
+            xlabel="step",
+            ylabel="tokens a second",
+        ),
+    ]
+    samples = _samples(workdir)
+    if samples:
+        blocks.append(report.Text("## Samples"))
+        last = max(s["step"] for s in samples)
+        shown = [s for s in samples if s["step"] == last] or samples[-1:]
+        first = min(s["step"] for s in samples)
+        for s in [s for s in samples if s["step"] == first and first != last][:1] + shown:
+            prompt = f", prompt {s['prompt']!r}" if s["prompt"] else ""
+            blocks.append(report.Code(s["prompt"] + s["text"], caption=f"Step {s['step']}{prompt}"))
+    blocks.append(report.Text("## Data"))
+    parts = [(s.name, s.tokens) for s in corpus.train]
+    if corpus.evaluation is not None:
+        parts.append(("held out", corpus.evaluation))
+    rows = [{"part": name, "documents": t.documents, "tokens": t.total} for name, t in parts]
+    for row, (_, t) in zip(rows, parts, strict=True):
+        if t.manifest is not None:
+            row |= {"bytes": t.manifest.bytes, "bytes per token": t.manifest.bytes / max(t.total, 1)}
+    blocks += [
+        report.Table(rows),
+        report.Text("## Config"),
+        report.Code((workdir / "config.json").read_text(), language="json"),
+    ]
+    return report.write_report(workdir, f"Training run: {cfg.name or workdir.name}", blocks)
+
+
+def _samples(workdir: Path) -> list[dict]:
+    path = workdir / "samples.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

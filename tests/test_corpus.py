@@ -1,0 +1,68 @@
+"""The embedded corpora: deterministic, free of duplicates, and fair to split at the end."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from llm_jax import corpus
+
+
+def test_every_corpus_has_about_the_promised_size():
+    size = {n: sum(len(text) for _, text in corpus.documents(n)) for n in corpus.NAMES}
+    assert 0.4e6 < size["topics"] < 0.7e6
+    assert 1.2e6 < size["docstrings"] < 2.5e6
+    assert 6e6 < size["source"] < 20e6
+    assert 0.95 * (size["topics"] + size["docstrings"]) < size["docs"]
+
+
+def test_no_document_of_docs_comes_twice():
+    texts = [" ".join(text.lower().split()) for _, text in corpus.documents("docs")]
+    assert len(set(texts)) == len(texts)
+    assert all(texts)
+
+
+def test_docs_mix_their_parts_evenly():
+    # In file order, the last tenth would be one topic of Python's packages only.
+    names = [name for name, _ in corpus.documents("docs")]
+    last = names[-len(names) // 10 :]
+    whole_share = sum(n.startswith("tkinter.") for n in names) / len(names)
+    last_share = sum(n.startswith("tkinter.") for n in last) / len(last)
+    assert whole_share > 0.01
+    assert 0.5 < last_share / whole_share < 2
+    assert any(n.startswith("topics.") for n in last)
+    assert any(n.startswith("topics.") for n in names[: len(names) // 10])
+
+
+def test_documents_are_what_they_are_named_after():
+    docs = dict(corpus.documents("docstrings"))
+    assert docs["textwrap.dedent"].startswith("Remove any common leading whitespace")
+    assert dict(corpus.documents("topics"))["topics.lambda"].startswith("Lambdas")
+    source = dict(corpus.documents("source"))
+    assert "def dedent" in source["textwrap"]
+    assert not any(name.startswith(("test.", "idlelib")) for name in source)
+
+
+def test_another_process_gets_the_same_documents():
+    # Sets and hashes of strings differ between processes; the order must not depend on them.
+    code = (
+        "import hashlib; from llm_jax import corpus; "
+        "print(hashlib.sha256(repr(list(corpus.documents('docs'))).encode()).hexdigest())"
+    )
+    digests = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert digests[0] == digests[1] and len(digests[0]) > 60
+
+
+def test_unknown_name_is_an_error_that_lists_the_names():
+    with pytest.raises(ValueError, match=r"'doc'.*docs, docstrings, source, topics"):
+        list(corpus.documents("doc"))
