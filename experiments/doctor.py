@@ -39,7 +39,8 @@ def unmet(distribution: str, extra: str = "") -> list[str]:
     for requirement in map(Requirement, metadata.requires(distribution) or ()):
         marker = requirement.marker
         always = marker is None or marker.evaluate({"extra": ""})
-        if always if not extra else not always and marker.evaluate({"extra": extra}):
+        asked = not always and marker.evaluate({"extra": extra}) if extra else always
+        if asked:
             try:
                 version = metadata.version(requirement.name)
                 nested = [u for e in requirement.extras for u in unmet(requirement.name, e)]
@@ -228,6 +229,13 @@ def wrong_numbers(training: dict[str, float]) -> list[str]:
     ]
 
 
+def one_line(error: Exception) -> str:
+    """Kind and message: some errors of jax have no message."""
+    platforms = os.environ.get("JAX_PLATFORMS")
+    asked = f" (JAX_PLATFORMS={platforms})" if platforms else ""
+    return " ".join(f"{type(error).__name__} {error}".split()) + asked
+
+
 def diagnose() -> dict[str, Any]:
     """Everything the report shows; `problems` is empty on a machine that is fit to train on."""
     found = packages() | {"machine": machine(), "accelerators": accelerators()}
@@ -242,7 +250,7 @@ def diagnose() -> dict[str, Any]:
     try:
         found |= devices()
     except Exception as e:  # a broken driver or plugin: whatever it raises is the finding
-        problems.append(f"jax does not start: {' '.join(str(e).split())}")
+        problems.append(f"jax does not start: {one_line(e)}")
         return found
     problems += unused_accelerators(found["accelerators"], found["backend"])
     n = 2048 if found["backend"] == "cpu" else 8192
@@ -251,7 +259,7 @@ def diagnose() -> dict[str, Any]:
         found["training"] = train_a_little()
         problems += wrong_numbers(found["training"])
     except Exception as e:
-        problems.append(f"training does not work: {' '.join(str(e).split())}")
+        problems.append(f"training does not work: {one_line(e)}")
     return found
 
 

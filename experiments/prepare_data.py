@@ -6,6 +6,10 @@
 OUTPUT gets tokenizer/, train/, eval/, report.md and report.json.
 """
 
+import json
+import os
+from typing import Any
+
 from absl import flags
 
 from experiments import cli
@@ -34,7 +38,6 @@ def main(argv: list[str]) -> None:
     del argv
     from llm_jax.config import DataConfig, TokenizerConfig
     from llm_jax.data.prepare import prepare_in
-    from llm_jax.data.summary import write_report
 
     data = DataConfig(
         inputs=tuple(_INPUT.value),
@@ -47,13 +50,62 @@ def main(argv: list[str]) -> None:
     tokenizer = TokenizerConfig(
         path=_TOKENIZER.value, kind=_KIND.value, vocab_size=_VOCAB_SIZE.value
     )
-    result = write_report(prepare_in(_OUTPUT.value, data, tokenizer), _LENGTH.value)
+    corpus = prepare_in(_OUTPUT.value, data, tokenizer)
+    result = write_report(corpus, _LENGTH.value)
     for part in result["parts"]:
         print(
             f"{part['part']}: {part['documents']:,} documents, {part['tokens']:,} tokens, "
             f"{part['bytes_per_token']:.3f} bytes a token, {part['unknown_rate']:.2%} unknown"
         )
-    print(f"report: {_OUTPUT.value}/report.md")
+    print(f"report: {os.path.join(corpus.directory, 'report.md')}")
+
+
+def write_report(corpus: Any, length: int) -> dict:
+    """Writes report.md, its plot and report.json into the corpus's folder; returns the latter."""
+    from llm_jax import report
+    from llm_jax.data.summary import share_by_length, summarise
+
+    parts = [(c.name, c.tokens) for c in corpus.train]
+    if corpus.evaluation is not None:
+        parts.append(("eval", corpus.evaluation))
+    rows = [{"part": name} | summarise(tokens, length) for name, tokens in parts]
+    tokenizer = corpus.tokenizer
+    result = {
+        "tokenizer": {
+            "kind": tokenizer.kind,
+            "vocab_size": tokenizer.vocab_size,
+            "lossless": tokenizer.lossless,
+            "fingerprint": tokenizer.fingerprint(),
+        },
+        "length": length,
+        "parts": rows,
+    }
+    with open(os.path.join(corpus.directory, "report.json"), "w") as f:
+        json.dump(result, f, indent=1)
+        f.write("\n")
+    lossless = "gives every text back" if tokenizer.lossless else "does not give every text back"
+    blocks = [
+        report.Text(
+            f"Tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} ids, {lossless}. Train with "
+            f"`python -m experiments.pretrain --input={corpus.directory}`."
+        ),
+        report.Table([{k: v for k, v in row.items() if k != "utilisation"} for row in rows]),
+        report.Table(
+            [{"part": row["part"]} | row["utilisation"] for row in rows],
+            caption=f"Share of the places in rows of {length:,} tokens that hold one, by packing",
+        ),
+        report.Plot(
+            "document_lengths",
+            [report.Series(name, *share_by_length(tokens)) for name, tokens in parts],
+            title="Length of documents",
+            xlabel="tokens",
+            ylabel="share of the tokens in documents up to that",
+            xscale="log",
+            vlines=[report.Mark(length, "one row")],
+        ),
+    ]
+    report.write_report(corpus.directory, "Prepared data", blocks)
+    return result
 
 
 if __name__ == "__main__":

@@ -149,6 +149,8 @@ def test_a_jax_that_does_not_start_is_a_problem_not_a_traceback(monkeypatch):
         raise RuntimeError("driver too old\nsecond line")
 
     monkeypatch.setattr(doctor, "devices", broken)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     found = doctor.diagnose()
-    assert "jax does not start: driver too old second line" in found["problems"]
+    wanted = "jax does not start: RuntimeError driver too old second line (JAX_PLATFORMS=cuda)"
+    assert wanted in found["problems"]
     assert "training" not in found and "PROBLEM: jax does not start" in doctor.render(found)

@@ -25,7 +25,8 @@ class Component:
 def check_weights(name: str, weights: Weights) -> None:
     """Raises ValueError unless points ascend within [0, 1] and weights are not negative."""
     where = f"data.sources: the weights of {name!r}"
-    if not weights or any(len(point) != 2 for point in weights):
+    pairs = all(isinstance(point, tuple | list) and len(point) == 2 for point in weights)
+    if not weights or not pairs:
         raise ValueError(f"{where} have to be (fraction, weight) points, not {weights!r}")
     fractions = [f for f, _ in weights]
     if sorted(set(fractions)) != fractions or fractions[0] < 0 or fractions[-1] > 1:
@@ -55,8 +56,8 @@ def rows_per_step(share: np.ndarray, batch_size: int) -> np.ndarray:
     Shares 2/3 and 1/3 at batch 2, five steps: the error is carried on, not rounded away.
 
         wanted in all   1.33  2.67  4.00  5.33  6.67
-        rows, source 1  1     2     1     1     2      in all  1 3 4 5 7
-        rows, source 2  1     0     1     1     0      in all  1 1 2 3 3
+        rows, source 1  2     1     1     2     1      in all  2 3 4 6 7
+        rows, source 2  0     1     1     0     1      in all  0 1 2 2 3
 
     After every step each source has had, within less than one row, what its shares add up to. To
     keep that promise the next row of a source has to come before its wanted total grows by one;

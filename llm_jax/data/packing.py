@@ -188,7 +188,8 @@ def packed_rows(
         positions  0 1 2 3 4   0 1 2 3 4      0 0 0 0 0
 
     The target of a cut piece's last token is the token that follows in the document (11 after 10);
-    a document's last token has one only if another document follows in the row, and not isolated.
+    a document's last token has one only if another document begins after it in the row, and not
+    isolated. So no token is the target of two.
     """
     shape, length = (len(rows_B), plan.length), plan.length
     pieces_per_row = plan.rows[rows_B + 1] - plan.rows[rows_B]
@@ -218,9 +219,13 @@ def packed_rows(
         segments, positions = np.repeat(ordinal_P + 1, size_P), within_N
     else:
         segments, positions = 1, place_N % length
-        # Within the row the neighbour follows. Only a piece that fills its row is cut behind.
+        # Within the row the neighbour follows. Only a piece that fills its row is cut behind. The
+        # rest of a cut document already is the target of the piece before it.
         joined_P = np.flatnonzero(row_P[1:] == row_P[:-1])
-        following_N[last_P[joined_P]] = tokens.take(plan.starts[piece_P[joined_P + 1]])
+        next_P = plan.starts[piece_P[joined_P + 1]]
+        begins = tokens.offsets[np.searchsorted(tokens.offsets, next_P)] == next_P
+        joined_P, next_P = joined_P[begins], next_P[begins]
+        following_N[last_P[joined_P]] = tokens.take(next_P)
         weight_N[last_P[joined_P]] = 1
     following_N[weight_N == 0] = 0
     leaves["targets"] = spread(following_N)

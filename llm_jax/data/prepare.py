@@ -78,6 +78,9 @@ def prepare_in(
     With `data.sources` there is a train-NAME and an eval-NAME for each.
     """
     sources, texts = _sources(data), _Texts(data)
+    for inputs in (data.eval_inputs, *(s.inputs for s in sources if not _is_prepared(s))):
+        if inputs:
+            documents.resolve(inputs)  # a missing file is an error before hours of work, not after
     found = _tokenizer(os.path.join(root, TOKENIZER), texts, sources, data, tokenizer, writer)
     fingerprint = found.fingerprint()
 

@@ -110,11 +110,11 @@ def _encode_all(documents: Iterable[Document], tokenizer: Any, writer: "_Writer"
     start = time.monotonic() - state["seconds"]
     for group in encoding.batches(todo):
         arrays, begins = [], []
+        state["bytes"] += sum(map(_bytes, group))
         for piece, ids in zip(group, encoder(group), strict=True):
             if piece.begins:
                 begins.append(len(arrays))
             arrays += [bos] * piece.first + [ids] + [eos] * piece.last
-            state["bytes"] += _bytes(piece)
             if tokenizer.unk_id is not None:
                 state["unknown"] += int(np.count_nonzero(ids == tokenizer.unk_id))
         ends = np.cumsum([0] + [len(a) for a in arrays])

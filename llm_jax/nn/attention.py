@@ -41,23 +41,23 @@ class Shape(NamedTuple):
     block: int = 1024
 
 
-def visible(mask: Mask, shape: Shape, q_range: tuple[int, int], n_keys: int) -> Array | None:
-    """bool [B or 1, Lq, n_keys] for queries q_range and the first n_keys keys; None: all visible."""
-    lo, hi = q_range
-    q_slot = (mask.start + jnp.arange(lo, hi))[None, :, None]
-    k_slot = jnp.arange(n_keys)[None, None, :]
+def visible(mask: Mask, shape: Shape, q_slot_L: Array, k_slot_S: Array) -> Array | None:
+    """bool [B or 1, L, S]: which keys each query sees; None: all of them.
+
+    The slots are those of the queries and keys that `mask` describes, in its order.
+    """
+    q_slot, k_slot = q_slot_L[None, :, None], k_slot_S[None, None, :]
     ok = None
     if shape.causal:
         ok = k_slot <= q_slot
     if mask.segments is not None:
-        q_seg, k_seg = mask.segments[0][:, lo:hi, None], mask.segments[1][:, None, :n_keys]
+        q_seg, k_seg = mask.segments[0][:, :, None], mask.segments[1][:, None, :]
         same = (q_seg == k_seg) & (q_seg > 0)
         ok = same if ok is None else ok & same
     if shape.window:
-        if mask.positions is None:
-            distance = q_slot - k_slot
-        else:
-            distance = mask.positions[0][:, lo:hi, None] - mask.positions[1][:, None, :n_keys]
+        distance = q_slot - k_slot
+        if mask.positions is not None:
+            distance = mask.positions[0][:, :, None] - mask.positions[1][:, None, :]
         near = jnp.abs(distance) < shape.window
         ok = near if ok is None else ok & near
     return ok
@@ -71,7 +71,7 @@ def reference(q_BxLxHxDh: Array, k_BxSxKxDh: Array, v_BxSxKxDh: Array, mask: Mas
     s = jnp.einsum("blkgd,bskd->bkgls", q, k_BxSxKxDh, preferred_element_type=jnp.float32) * shape.scale
     if shape.softcap:
         s = shape.softcap * jnp.tanh(s / shape.softcap)
-    ok = visible(mask, shape, (0, L), S)
+    ok = visible(mask, shape, mask.start + jnp.arange(L), jnp.arange(S))
     if ok is not None:
         ok = ok[:, None, None]
         s = jnp.where(ok, s, MASKED)
@@ -83,47 +83,42 @@ def reference(q_BxLxHxDh: Array, k_BxSxKxDh: Array, v_BxSxKxDh: Array, mask: Mas
 
 
 # The "xla" path: batched matmuls with heads leading and a derivative of our own. Up to `block`
-# queries the probabilities are kept for the backward pass; past that, blocks of queries run one
-# after the other against the keys they can see, and probabilities are recomputed.
+# queries the probabilities are kept for the backward pass. Past that, pairs of a query block and a
+# key block go through one after the other with a running softmax (Dao et al. 2022), and the
+# backward pass computes their probabilities again: no [L, S] array exists.
 
 
-def _blocks(mask: Mask, shape: Shape, L: int, S: int) -> list[tuple[int, int, int]]:
-    """(first query, past the last query, keys they can see) of each block."""
-    step = min(shape.block, L)
-    sliceable = shape.causal and isinstance(mask.start, int)
-    out = []
-    for lo in range(0, L, step):
-        hi = min(lo + step, L)
-        out.append((lo, hi, min(mask.start + hi, S) if sliceable else S))
-    return out
+def _scores(q: Array, k: Array, shape: Shape) -> Array:
+    """Capped float32 scores [B, K, G, L, S]."""
+    B, K, G, L, Dh = q.shape
+    s = jnp.einsum("bkqd,bksd->bkqs", q.reshape(B, K, G * L, Dh), k, preferred_element_type=jnp.float32)
+    s = s.reshape(B, K, G, L, k.shape[2]) * shape.scale
+    return shape.softcap * jnp.tanh(s / shape.softcap) if shape.softcap else s
 
 
-def _scores(q: Array, k: Array, mask: Mask, shape: Shape, block: tuple[int, int, int]) -> tuple:
-    """Capped float32 scores [B, K, G, Lq, n] of a block, and who is visible."""
-    B, K, G, Lq, Dh = q.shape
-    flat = q.reshape(B, K, G * Lq, Dh)
-    s = jnp.einsum("bkqd,bksd->bkqs", flat, k, preferred_element_type=jnp.float32)
-    s = s.reshape(B, K, G, Lq, k.shape[2]) * shape.scale
+def _weighted(p: Array, v: Array) -> Array:
+    """p [B, K, G, L, S] @ v [B, K, S, Dh] -> float32 [B, K, G, L, Dh]."""
+    B, K, G, L, S = p.shape
+    o = jnp.einsum("bkqs,bksd->bkqd", p.reshape(B, K, G * L, S), v, preferred_element_type=jnp.float32)
+    return o.reshape(B, K, G, L, -1)
+
+
+def _gradients(p: Array, s: Array | None, ok: Array | None, q: Array, k: Array, v: Array, do: Array,
+               inner: Array, shape: Shape) -> tuple[Array, Array, Array]:
+    """float32 (dq, dk, dv) of a block from its probabilities; `inner` is sum(do * o) per query."""
+    B, K, G, L, S = p.shape
+    rows = (B, K, G * L)
+    flat_q, flat_do = q.reshape(*rows, -1), do.reshape(*rows, -1)
+    dv = jnp.einsum("bkqs,bkqd->bksd", p.reshape(*rows, S), flat_do, preferred_element_type=jnp.float32)
+    dp = jnp.einsum("bkqd,bksd->bkqs", flat_do, v, preferred_element_type=jnp.float32)
+    ds = p.astype(jnp.float32) * (dp.reshape(p.shape) - inner)
     if shape.softcap:
-        s = shape.softcap * jnp.tanh(s / shape.softcap)
-    ok = visible(mask, shape, block[:2], block[2])
-    return s, None if ok is None else ok[:, None, None]
-
-
-def _forward_block(q: Array, k: Array, v: Array, mask: Mask, shape: Shape, block: tuple) -> tuple:
-    """Output [B, K, G, Lq, Dh], probabilities and their log-denominator [B, K, G, Lq, 1]."""
-    s, ok = _scores(q, k, mask, shape, block)
-    if ok is not None:
-        s = jnp.where(ok, s, MASKED)
-    m = jnp.max(s, axis=-1, keepdims=True)
-    p = jnp.exp(s - m)
-    if ok is not None and mask.segments is not None:
-        p = jnp.where(ok, p, 0.0)  # padding sees nobody
-    z = jnp.maximum(jnp.sum(p, axis=-1, keepdims=True), 1e-30)
-    p = (p / z).astype(v.dtype)
-    B, K, G, Lq, S = p.shape
-    o = jnp.einsum("bkqs,bksd->bkqd", p.reshape(B, K, G * Lq, S), v).reshape(q.shape)
-    return o, p, m + jnp.log(z)
+        ds = ds * (1.0 - jnp.square(s / shape.softcap))
+        ds = ds if ok is None else jnp.where(ok, ds, 0.0)
+    ds = (ds * shape.scale).astype(q.dtype).reshape(*rows, S)
+    dq = jnp.einsum("bkqs,bksd->bkqd", ds, k, preferred_element_type=jnp.float32).reshape(q.shape)
+    dk = jnp.einsum("bkqs,bkqd->bksd", ds, flat_q, preferred_element_type=jnp.float32)
+    return dq, dk, dv
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -132,55 +127,129 @@ def _xla(q: Array, k: Array, v: Array, mask: Mask, shape: Shape) -> Array:
 
 
 def _xla_forward(q: Array, k: Array, v: Array, mask: Mask, shape: Shape) -> tuple:
-    blocks = _blocks(mask, shape, q.shape[3], k.shape[2])
-    outs, kept = [], []
-    for lo, hi, n in blocks:
-        o, p, lse = _forward_block(q[:, :, :, lo:hi], k[:, :, :n], v[:, :, :n], mask, shape, (lo, hi, n))
-        outs.append(o)
-        kept.append(p if len(blocks) == 1 else lse)
-    o = outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=3)
+    forward = _whole_forward if q.shape[3] <= shape.block else _blocks_forward
+    o, kept = forward(q, k, v, mask, shape)
     return o, (q, k, v, mask, o, kept)
 
 
 def _xla_backward(shape: Shape, residuals: tuple, do: Array) -> tuple:
     q, k, v, mask, o, kept = residuals
-    blocks = _blocks(mask, shape, q.shape[3], k.shape[2])
-    dqs = []
-    dk, dv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for (lo, hi, n), saved in zip(blocks, kept, strict=True):
-        q_b, do_b, o_b = (x[:, :, :, lo:hi] for x in (q, do, o))
-        k_b, v_b = k[:, :, :n], v[:, :, :n]
-        s = None
-        if len(blocks) > 1 or shape.softcap:
-            s, ok = _scores(q_b, k_b, mask, shape, (lo, hi, n))
-        if len(blocks) > 1:
-            p = jnp.exp(s - saved)
-            p = p.astype(v.dtype) if ok is None else jnp.where(ok, p, 0.0).astype(v.dtype)
-        else:
-            p = saved
-        B, K, G, Lq, S = p.shape
-        rows = (B, K, G * Lq)
-        flat_q, flat_do = q_b.reshape(*rows, -1), do_b.reshape(*rows, -1)
-        dv_b = jnp.einsum("bkqs,bkqd->bksd", p.reshape(*rows, S), flat_do, preferred_element_type=jnp.float32)
-        dp = jnp.einsum("bkqd,bksd->bkqs", flat_do, v_b, preferred_element_type=jnp.float32)
-        inner = jnp.sum(do_b.astype(jnp.float32) * o_b.astype(jnp.float32), axis=-1, keepdims=True)
-        ds = p.astype(jnp.float32) * (dp.reshape(p.shape) - inner)
-        if shape.softcap:
-            ds = ds * (1.0 - jnp.square(s / shape.softcap))
-            if ok is not None:
-                ds = jnp.where(ok, ds, 0.0)
-        ds = (ds * shape.scale).astype(q.dtype).reshape(*rows, S)
-        dqs.append(jnp.einsum("bkqs,bksd->bkqd", ds, k_b).reshape(q_b.shape))
-        dk_b = jnp.einsum("bkqs,bkqd->bksd", ds, flat_q, preferred_element_type=jnp.float32)
-        if len(blocks) == 1:
-            dk, dv = dk_b, dv_b
-        else:
-            dk, dv = dk.at[:, :, :n].add(dk_b), dv.at[:, :, :n].add(dv_b)
-    dq = dqs[0] if len(dqs) == 1 else jnp.concatenate(dqs, axis=3)
-    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
+    inner = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1, keepdims=True)
+    backward = _whole_backward if q.shape[3] <= shape.block else _blocks_backward
+    dq, dk, dv = backward(q, k, v, mask, do, inner, kept, shape)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 _xla.defvjp(_xla_forward, _xla_backward)
+
+
+def _whole_visible(q: Array, k: Array, mask: Mask, shape: Shape) -> Array | None:
+    ok = visible(mask, shape, mask.start + jnp.arange(q.shape[3]), jnp.arange(k.shape[2]))
+    return None if ok is None else ok[:, None, None]
+
+
+def _whole_forward(q: Array, k: Array, v: Array, mask: Mask, shape: Shape) -> tuple[Array, Array]:
+    s, ok = _scores(q, k, shape), _whole_visible(q, k, mask, shape)
+    s = s if ok is None else jnp.where(ok, s, MASKED)
+    p = jnp.exp(s - jnp.max(s, axis=-1, keepdims=True))
+    if mask.segments is not None:
+        p = jnp.where(ok, p, 0.0)  # padding sees nobody
+    p = (p / jnp.maximum(jnp.sum(p, axis=-1, keepdims=True), 1e-30)).astype(v.dtype)
+    return _weighted(p, v).astype(q.dtype), p
+
+
+def _whole_backward(q, k, v, mask, do, inner, p, shape) -> tuple[Array, Array, Array]:
+    s, ok = (_scores(q, k, shape), _whole_visible(q, k, mask, shape)) if shape.softcap else (None, None)
+    return _gradients(p, s, ok, q, k, v, do, inner, shape)
+
+
+class _Blocks(NamedTuple):
+    """Inputs padded to whole blocks, and the pairs (query block, key block) that can see each other."""
+
+    size: int
+    q: Array
+    k: Array
+    v: Array
+    mask: Mask
+    n_keys: int
+    pairs: tuple[Array, Array]
+
+    def part(self, i: Array, j: Array, shape: Shape) -> tuple[Array, Array, Array, Array]:
+        """q, k, v and visibility [B or 1, 1, 1, size, size] of a pair."""
+        at = lambda x, n, axis: jax.lax.dynamic_slice_in_dim(x, n * self.size, self.size, axis)  # noqa: E731
+        sides = [None if x is None else (at(x[0], i, 1), at(x[1], j, 1)) for x in self.mask[:2]]
+        q_slot = self.mask.start + i * self.size + jnp.arange(self.size)
+        k_slot = j * self.size + jnp.arange(self.size)
+        ok = (k_slot < self.n_keys)[None, None, :]
+        if (more := visible(Mask(*sides), shape, q_slot, k_slot)) is not None:
+            ok = ok & more
+        return at(self.q, i, 3), at(self.k, j, 2), at(self.v, j, 2), ok[:, None, None]
+
+
+def _cut(q: Array, k: Array, v: Array, mask: Mask, shape: Shape) -> _Blocks:
+    size, L, S = shape.block, q.shape[3], k.shape[2]
+    n, m = -(-L // size), -(-S // size)
+
+    def pad(x: Array, axis: int, to: int) -> Array:
+        return jnp.pad(x, [(0, to - x.shape[a] if a == axis else 0) for a in range(x.ndim)])
+
+    sides = [None if x is None else (pad(x[0], 1, n * size), pad(x[1], 1, m * size)) for x in mask[:2]]
+    pairs = [(i, j) for i in range(n) for j in range(m)]
+    if isinstance(mask.start, int):  # otherwise unknown before it runs
+        first = lambda i: mask.start + i * size  # noqa: E731
+        if shape.causal:
+            pairs = [(i, j) for i, j in pairs if j * size < first(i) + size]
+        if shape.window and shape.causal:
+            pairs = [(i, j) for i, j in pairs if first(i) - (j * size + size - 1) < shape.window]
+    i, j = (jnp.array(x, jnp.int32) for x in zip(*pairs, strict=True))
+    q, k, v = pad(q, 3, n * size), pad(k, 2, m * size), pad(v, 2, m * size)
+    return _Blocks(size, q, k, v, Mask(*sides, mask.start), S, (i, j))
+
+
+def _blocks_forward(q: Array, k: Array, v: Array, mask: Mask, shape: Shape) -> tuple[Array, Array]:
+    cut = _cut(q, k, v, mask, shape)
+
+    def body(carry, pair):
+        i, j = pair
+        q_b, k_b, v_b, ok = cut.part(i, j, shape)
+        o, top, z = (jax.lax.dynamic_slice_in_dim(x, i * cut.size, cut.size, 3) for x in carry)
+        s = jnp.where(ok, _scores(q_b, k_b, shape), MASKED)
+        new_top = jnp.maximum(top, jnp.max(s, axis=-1, keepdims=True))
+        p = jnp.where(ok, jnp.exp(s - new_top), 0.0)
+        fade = jnp.exp(top - new_top)
+        o = o * fade + _weighted(p.astype(v.dtype), v_b)
+        new = (o, new_top, z * fade + jnp.sum(p, axis=-1, keepdims=True))
+        update = jax.lax.dynamic_update_slice_in_dim
+        return tuple(update(x, y, i * cut.size, 3) for x, y in zip(carry, new, strict=True)), None
+
+    vector = (*cut.q.shape[:4], 1)
+    start = (jnp.zeros(cut.q.shape, jnp.float32), jnp.full(vector, MASKED), jnp.zeros(vector))
+    (o, top, z), _ = jax.lax.scan(body, start, cut.pairs)
+    z = jnp.maximum(z, 1e-30)
+    return (o / z).astype(q.dtype)[:, :, :, : q.shape[3]], top + jnp.log(z)
+
+
+def _blocks_backward(q, k, v, mask, do, inner, log_z, shape) -> tuple[Array, Array, Array]:
+    cut = _cut(q, k, v, mask, shape)
+    pad = [(0, 0)] * 3 + [(0, cut.q.shape[3] - q.shape[3]), (0, 0)]
+    do, inner = jnp.pad(do, pad), jnp.pad(inner, pad)
+
+    def body(carry, pair):
+        i, j = pair
+        q_b, k_b, v_b, ok = cut.part(i, j, shape)
+        rows = lambda x: jax.lax.dynamic_slice_in_dim(x, i * cut.size, cut.size, 3)  # noqa: E731
+        s = _scores(q_b, k_b, shape)
+        p = jnp.where(ok, jnp.exp(s - rows(log_z)), 0.0).astype(v.dtype)
+        new = _gradients(p, s, ok, q_b, k_b, v_b, rows(do), rows(inner), shape)
+        out = []
+        for total, part, n, axis in zip(carry, new, (i, j, j), (3, 2, 2), strict=True):
+            old = jax.lax.dynamic_slice_in_dim(total, n * cut.size, cut.size, axis)
+            out.append(jax.lax.dynamic_update_slice_in_dim(total, old + part, n * cut.size, axis))
+        return tuple(out), None
+
+    start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (cut.q, cut.k, cut.v))
+    (dq, dk, dv), _ = jax.lax.scan(body, start, cut.pairs)
+    return dq[:, :, :, : q.shape[3]], dk[:, :, : k.shape[2]], dv[:, :, : k.shape[2]]
 
 
 def xla(q_BxLxHxDh: Array, k_BxSxKxDh: Array, v_BxSxKxDh: Array, mask: Mask, shape: Shape) -> Array:

@@ -93,7 +93,9 @@ def from_huggingface(
       role_names: token of each role ("pad", "unk", "bos", "eos"); None looks for the usual names.
     """
     config = json.loads(content)
-    model = config.get("model", {})
+    model = config.get("model") if isinstance(config, dict) else None
+    if not isinstance(model, dict):
+        raise ValueError("this is not a tokenizer.json of the Hugging Face library: no model in it")
     vocabulary = {token["content"]: token["id"] for token in config.get("added_tokens", [])}
     unknown = model.get("unk_token")
     if role_names is None:

@@ -131,7 +131,7 @@ class HuggingFace(Tokenizer):
             pieces = {piece: i for i, (piece, _) in enumerate(pieces)}
         vocabulary = {**pieces, **{token["content"]: i for i, token in added.items()}}
         self._content = content
-        plain = _hide_special(config, special) if kind == "Unigram" else content
+        plain = content if kind == "BPE" else _hide_special(config, special)
         self._library = self._load(plain, parse_special=False)
         self._parsing_library = None
         to_bytes, strips_leading_space = _piece_decoder(config)
@@ -192,9 +192,9 @@ def import_tokenizers():
 
 def _model_type(config: Mapping) -> str:
     """BPE, WordPiece or Unigram; old files do not say which."""
-    model = config.get("model") if isinstance(config, dict) else None
-    if not isinstance(model, dict) or "vocab" not in model:
-        raise ValueError("this is not a tokenizer.json of the Hugging Face library: no model in it")
+    model = config.get("model", {})
+    if "vocab" not in model:
+        raise ValueError("damaged tokenizer.json: no vocabulary in it")
     guess = "BPE" if "merges" in model else "WordPiece"
     kind = model.get("type", "Unigram" if isinstance(model["vocab"], list) else guess)
     if kind not in _HUGGINGFACE_KINDS:
@@ -206,17 +206,21 @@ def _model_type(config: Mapping) -> str:
 
 
 def _hide_special(config: Mapping, special: Mapping[str, int]) -> bytes:
-    """A unigram `tokenizer.json` whose special tokens no text can spell.
+    """A unigram or WordPiece `tokenizer.json` whose special tokens no text can spell.
 
-    The library finds an entry such as "</s>" in plain text like any other piece.
+    These models find an entry such as "</s>" in plain text like any other piece.
     """
-    entries = [list(entry) for entry in config["model"]["vocab"]]
-    for i in special.values():
-        if i < len(entries):
-            entries[i][0] = f"\ufdd0\ufdd1{i}"  # noncharacters
-    kept = [token for token in config["added_tokens"] if not token["special"]]
-    hidden = {**config, "added_tokens": kept, "model": {**config["model"], "vocab": entries}}
-    return json.dumps({**hidden, "post_processor": None}).encode()
+    model = dict(config["model"])
+    hidden = {name: f"\ufdd0\ufdd1{i}" for name, i in special.items()}  # noncharacters
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {hidden.get(piece, piece): i for piece, i in model["vocab"].items()}
+        model["unk_token"] = hidden.get(model["unk_token"], model["unk_token"])
+    else:
+        model["vocab"] = [[hidden.get(piece, piece), score] for piece, score in model["vocab"]]
+    kept = [token for token in config.get("added_tokens", []) if not token["special"]]
+    return json.dumps(
+        {**config, "added_tokens": kept, "model": model, "post_processor": None}
+    ).encode()
 
 
 def _piece_decoder(config: Mapping):

@@ -22,7 +22,7 @@ from llm_jax.tokenizers.subword import SPACE, HuggingFace, SentencePiece, import
 # which we mark where no piece may cross.
 _CUT = "\ufdd0"
 _RESERVED = re.compile(f"[\0\u2585{SPACE}{_CUT}]")
-_NEWLINES = re.compile(r"[\r\n]+")
+_LINE_ENDS_AND_TABS = re.compile(r"[\r\n]+|\t+")
 
 
 def train_sentencepiece(
@@ -38,8 +38,8 @@ def train_sentencepiece(
 ) -> SentencePiece:
     """Trains a sentencepiece model that changes no character of its input.
 
-    Newlines form pieces of their own, as in GPT-2: a prompt that ends before a newline is then cut
-    into the same pieces as the line was in training. A tab is a byte piece.
+    Line ends and tabs form pieces of their own, as in GPT-2: a prompt that ends before a line end
+    is then cut into the same pieces as the line was in training.
 
     The unigram trainer never considers a string that is followed by the same character wherever it
     stands. On text with spaces around every sign (WikiText) it therefore misses frequent words, and
@@ -58,18 +58,20 @@ def train_sentencepiece(
 
     standard = [PAD, UNK, BOS, EOS]
     names = name_special_tokens(standard, special_tokens)
-    seen = {"tab": False, "text": False}
+    has_text = False
+    failure: Exception | None = None
 
     def sentences() -> Iterator[str]:
-        for text in texts:
-            seen["tab"] |= "\t" in text
-            text = _RESERVED.sub(_CUT, _CUT.join(cut_inside(text, names)))
-            seen["text"] |= bool(text.strip(_CUT))
-            yield _NEWLINES.sub(lambda run: f"{_CUT}{run[0]}{_CUT}", text)
+        nonlocal has_text, failure
+        try:
+            for text in texts:
+                text = _RESERVED.sub(_CUT, _CUT.join(cut_inside(text, names)))
+                has_text = has_text or bool(text.strip(_CUT))
+                yield _LINE_ENDS_AND_TABS.sub(lambda run: f"{_CUT}{run[0]}{_CUT}", text)
+        except Exception as error:  # the library would turn it into a message of its own
+            failure = error
+            raise
 
-    if not byte_fallback:
-        texts = list(texts)
-        seen["tab"] = any("\t" in text for text in texts)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -83,12 +85,10 @@ def train_sentencepiece(
             allow_whitespace_only_pieces=keep_indentation,
             split_digits=split_digits,
             byte_fallback=byte_fallback,
-            # A character seen once in ten thousand is better spelled in bytes than given a row.
+            # The rarest 0.01 % of the characters are better spelled in bytes than given rows.
             character_coverage=0.9999 if byte_fallback else 1.0,
             pretokenization_delimiter=_CUT,
             control_symbols=names[len(standard) :],
-            # The trainers cut at tabs, so without bytes a tab has to be declared.
-            user_defined_symbols=["\t"] if seen["tab"] and not byte_fallback else [],
             max_sentence_length=1 << 24,
             pad_id=0,
             unk_id=1,
@@ -98,7 +98,9 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except (RuntimeError, ValueError) as error:
-        raise ValueError(_explain(str(error), vocab_size, seen["text"])) from None
+        if failure is not None:
+            raise failure from None
+        raise ValueError(_explain(str(error), vocab_size, has_text)) from None
     return SentencePiece(model.getvalue(), options)
 
 

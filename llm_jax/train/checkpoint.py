@@ -10,6 +10,7 @@ Orbax is used here and nowhere else.
 """
 
 import base64
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -29,16 +30,22 @@ from llm_jax.types import PyTree, TrainState
 ITEMS = ("params", "training", "config", "tokenizer", "data")
 
 
-def _quiet() -> None:
-    # Orbax and absl log dozens of INFO lines per save.
-    logging.getLogger("absl").setLevel(logging.WARNING)
+@contextlib.contextmanager
+def _quiet():
+    """Without Orbax's warnings about what is meant here: reading one item, and no metadata file."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class Checkpoints:
     """The checkpoints of one run, for writing and for resuming."""
 
     def __init__(self, directory: str | Path, cfg: TrainConfig, tokenizer: Any, data: dict):
-        _quiet()
         keep: CheckpointConfig = cfg.checkpoint
         self._cfg = cfg
         self._data = {**data, "tokenizer": tokenizer.fingerprint()}
@@ -214,25 +221,19 @@ def locate(path: str | Path) -> tuple[Path, int]:
     )
 
 
-def _reader(directory: Path) -> ocp.CheckpointManager:
-    _quiet()
-    return ocp.CheckpointManager(
-        directory, item_names=ITEMS, options=ocp.CheckpointManagerOptions(read_only=True, create=False)
-    )
-
-
 def _read_json(directory: Path, step: int, item: str) -> dict:
+    folder = directory / str(step)
     try:
-        return _reader(directory).restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
+        with _quiet(), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            return reader.restore(folder / item)
     except Exception as e:
-        raise _damaged(directory / str(step), e) from e
+        raise _damaged(folder, e) from e
 
 
 def _metadata(directory: Path, step: int) -> PyTree:
     """Saved shapes and types of the parameters."""
     try:
-        handler = ocp.StandardCheckpointHandler()
-        with ocp.Checkpointer(handler) as reader:
+        with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
             return reader.metadata(directory / str(step) / "params").item_metadata.tree
     except Exception as e:
         raise _damaged(directory / str(step), e) from e
@@ -276,7 +277,7 @@ def load_params(path: str | Path, specs: PyTree, mesh: jax.sharding.Mesh | None 
     target = abstract(specs, mesh)
     check_shapes(target, _metadata(directory, step), str(folder))
     try:
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+        with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
             params = reader.restore(folder / "params", args=ocp.args.StandardRestore(target))
         ema = _load_ema(folder, target)
     except Exception as e:
@@ -285,7 +286,7 @@ def load_params(path: str | Path, specs: PyTree, mesh: jax.sharding.Mesh | None 
 
 
 def _load_ema(folder: Path, target: PyTree) -> PyTree | None:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         saved = reader.metadata(folder / "training").item_metadata.tree.get("ema")
         if not saved:
             return None

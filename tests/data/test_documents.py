@@ -66,7 +66,8 @@ def test_parquet(tmp_path):
 
 
 @given(
-    st.text(st.characters(exclude_categories=["Cs"]), max_size=40), st.integers(min_value=1, max_value=7)
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
+    st.integers(min_value=1, max_value=7),
 )
 def test_chunks_never_split_a_character(tmp_path_factory, text, chunk):
     path = tmp_path_factory.mktemp("x") / "a.txt"
@@ -107,7 +108,7 @@ def test_folders_are_read_recursively_in_order_and_say_what_they_leave_out(tmp_p
 
 
 def test_embedded():
-    name, text = next(iter(documents.corpus.documents("topics")))
+    _, text = next(iter(documents.corpus.documents("topics")))
     first = next(documents.read(["embedded:topics"]))
     assert first == Document(text, "embedded:topics")
     with pytest.raises(ValueError, match="embedded:doc: there are"):
@@ -147,7 +148,11 @@ ERRORS = {
     "latin": ("a.txt", b"caf\xe9 ol\xe9", r"a\.txt: not UTF-8 at byte 3 \(0xe9"),
     "cut utf-8": ("a.txt", "caf\u00e9".encode()[:-1], r"a\.txt: not UTF-8 at byte 3"),
     "latin row": ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}', r"not UTF-8 at byte 24 \(0xe9"),
-    "no key": ("a.jsonl", b'{"text": "a"}\n{"body": 1, "id": 2}', r":2: no key 'text'; it has 'body'"),
+    "no key": (
+        "a.jsonl",
+        b'{"text": "a"}\n{"body": 1, "id": 2}',
+        r":2: no key 'text'; it has 'body'",
+    ),
     "no object": ("a.jsonl", b'["a"]', r":1: a row has to be an object"),
     "no text": ("a.jsonl", b'{"text": null}', r":1: 'text' is NoneType, not text"),
     "no json": ("a.jsonl", b'{"text": "a"}\n\n{"text": ', r":3: not JSON"),
@@ -187,7 +192,9 @@ def test_missing_inputs_are_found_before_anything_is_read(tmp_path):
         documents.read([])
     (tmp_path / "images").mkdir()
     write(tmp_path / "images" / "a.png", "x")
-    with pytest.raises(FileNotFoundError, match=r"images: no readable text in it, only \.png"):
+    with pytest.raises(
+        FileNotFoundError, match=r"images: no readable text in this folder, only \.png"
+    ):
         documents.read([str(tmp_path / "images")])
 
 
