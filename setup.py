@@ -23,7 +23,7 @@ CORE = [
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
     "scipy>=1.14",
-    "sentencepiece>=0.2.1",
+    "sentencepiece>=0.2.3",
     "tqdm>=4.66",
 ]
 

@@ -23,7 +23,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from absl import flags
@@ -69,12 +69,8 @@ def measure_speeds(repeats: int, seconds: float, folder: str) -> list[dict]:
             token_lengths=lengths,
         )
         planned = time.perf_counter() - start
-        iterator, steps = loader.iterate(), itertools.count()
-        timed = {
-            "batch": [_rate(lambda: loader.batch(next(steps)), seconds) for _ in range(repeats)],
-            "iterator": [_rate(lambda: next(iterator), seconds) for _ in range(repeats)],
-        }
-        iterator.close()
+        calls = {"batch": map(loader.batch, itertools.count()), "iterator": loader.iterate()}
+        timed = {how: [_rate(made, seconds) for _ in range(repeats)] for how, made in calls.items()}
         for how, rates in timed.items():
             millions = [rate * length * batch_size / 1e6 for rate in rates]
             rows.append(
@@ -94,14 +90,14 @@ def measure_speeds(repeats: int, seconds: float, folder: str) -> list[dict]:
     return rows
 
 
-def _rate(call: Callable[[], object], seconds: float) -> float:
-    """Calls per second."""
-    call()
-    start, calls = time.perf_counter(), 0
+def _rate(batches: Iterator, seconds: float) -> float:
+    """Batches per second."""
+    next(batches)
+    start, count = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
-        call()
-        calls += 1
-    return calls / (time.perf_counter() - start)
+        next(batches)
+        count += 1
+    return count / (time.perf_counter() - start)
 
 
 def measure_memory(megabytes: int, folder: str) -> dict:

@@ -12,7 +12,8 @@ from llm_jax.data.permutation import permute
 from llm_jax.data.tokens import Tokens
 from llm_jax.types import Batch
 
-PREFETCHED_BATCHES = 4
+PREFETCHED_GROUPS = 4
+GROUP_TOKENS = 1 << 14
 BLOCK_ROWS = 1024
 
 
@@ -28,13 +29,23 @@ class Loader:
     """
 
     def __init__(
-        self, streams: list["_Stream"], mixture: Mixture, *, batch_size: int, steps: int, seed: int,
-        token_lengths: np.ndarray, host_index: int, host_count: int
-    ):  # fmt: skip
+        self,
+        streams: list["_Stream"],
+        mixture: Mixture,
+        *,
+        length: int,
+        batch_size: int,
+        steps: int,
+        seed: int,
+        token_lengths: np.ndarray,
+        host_index: int,
+        host_count: int,
+    ):
         self.steps = steps
         self._streams, self._mixture, self._token_lengths = streams, mixture, token_lengths
         share = batch_size // host_count
         self._rows = slice(host_index * share, (host_index + 1) * share)
+        self._host_tokens = share * length
         self.epoch_rows = {s.name: s.epoch_rows for s in streams}
         self.utilisation = {s.name: s.utilisation for s in streams}
         self.identity = {
@@ -53,22 +64,34 @@ class Loader:
         """
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} is outside training's {self.steps} steps")
-        source_B, row_B = (a[self._rows] for a in self._mixture.step(step))
-        parts = []
-        for i in np.unique(source_B):
-            here = source_B == i
-            parts.append((here, self._streams[i].rows(row_B[here])))
-        return _to_batch(_merge(parts), self._token_lengths, [s.tokens for s in self._streams])
+        return self._batches(step, step + 1)[0]
 
     def iterate(self, start_step: int = 0) -> Iterator[Batch]:
         """`batch(start_step)`, ... to the last, made ahead of time in a background thread."""
         import grain
 
         if start_step >= self.steps:
-            return iter(())
-        numbers = grain.MapDataset.range(start_step, self.steps)
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCHED_BATCHES)
-        return iter(numbers.map(self.batch).to_iter_dataset(options))
+            return
+        # Small batches are made several at a time: making rows costs little, a call a lot.
+        group = max(1, GROUP_TOKENS // self._host_tokens)
+        firsts = grain.MapDataset.range(start_step, self.steps, group)
+        made = firsts.map(lambda first: self._batches(first, min(first + group, self.steps)))
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCHED_GROUPS)
+        for batches in made.to_iter_dataset(options):
+            yield from batches
+
+    def _batches(self, start: int, stop: int) -> list[Batch]:
+        steps = [self._mixture.step(s) for s in range(start, stop)]
+        source_B = np.concatenate([source[self._rows] for source, _ in steps])
+        row_B = np.concatenate([row[self._rows] for _, row in steps])
+        parts = []
+        for i in np.unique(source_B):
+            here = source_B == i
+            parts.append((here, self._streams[i].rows(row_B[here])))
+        leaves = _with_bytes(_merge(parts), self._token_lengths, [s.tokens for s in self._streams])
+        size = self._rows.stop - self._rows.start
+        cuts = [slice(i * size, (i + 1) * size) for i in range(len(steps))]
+        return [Batch(**{name: leaf[cut] for name, leaf in leaves.items()}) for cut in cuts]
 
     def __iter__(self) -> Iterator[Batch]:
         return self.iterate()
@@ -113,6 +136,7 @@ def make_loader(
     return Loader(
         streams,
         Mixture([c.weights for c in train], steps, batch_size),
+        length=length,
         batch_size=batch_size,
         steps=steps,
         seed=seed,
@@ -244,7 +268,7 @@ def eval_batches(
                 tokens, plan, chosen[places_B[real_B]], isolate=isolate_documents
             )
             leaves = _merge([(real_B, found)])
-        return _to_batch(leaves, lengths_V, [tokens])
+        return Batch(**_with_bytes(leaves, lengths_V, [tokens]))
 
     return EvalBatches(make, len(chosen), batch_size)
 
@@ -275,7 +299,9 @@ def _merge(parts: list[tuple[np.ndarray, dict[str, np.ndarray]]]) -> dict[str, n
     return merged
 
 
-def _to_batch(leaves: dict[str, np.ndarray], lengths_V: np.ndarray, sources: list[Tokens]) -> Batch:
+def _with_bytes(
+    leaves: dict[str, np.ndarray], lengths_V: np.ndarray, sources: list[Tokens]
+) -> dict[str, np.ndarray]:
     try:
         bytes_BxT = lengths_V[leaves["targets"]]
     except IndexError:
@@ -285,4 +311,4 @@ def _to_batch(leaves: dict[str, np.ndarray], lengths_V: np.ndarray, sources: lis
             f"{where} is damaged; delete it and run the same command again to rebuild it"
         ) from None
     bytes_BxT[leaves["weights"] == 0] = 0
-    return Batch(**leaves, bytes=bytes_BxT)
+    return leaves | {"bytes": bytes_BxT}

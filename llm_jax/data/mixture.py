@@ -94,8 +94,11 @@ class Mixture:
     """Which source, and which of its rows, stands at each place of a step's batch."""
 
     def __init__(self, weights: Sequence[Weights], steps: int, batch_size: int):
-        self.rows = rows_per_step(shares(weights, steps), batch_size)  # [steps, sources]
-        self._before = np.cumsum(self.rows, axis=0) - self.rows
+        self._batch_size = batch_size
+        self._rows = None  # a single source needs no table
+        if len(weights) > 1:
+            self._rows = rows_per_step(shares(weights, steps), batch_size)  # [steps, sources]
+            self._before = np.cumsum(self._rows, axis=0) - self._rows
 
     def step(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(source, row number), both int64 [B]; a source's rows are numbered over all steps.
@@ -103,7 +106,10 @@ class Mixture:
         The sources are spread evenly over the batch, so that every host and every micro-batch
         sees about the same mixture.
         """
-        count = self.rows[step]
+        if self._rows is None:
+            within = np.arange(self._batch_size)
+            return np.zeros_like(within), step * self._batch_size + within
+        count = self._rows[step]
         source = np.repeat(np.arange(len(count)), count)
         within = np.concatenate([np.arange(n) for n in count])
         order = np.argsort((within + 0.5) / count[source], kind="stable")

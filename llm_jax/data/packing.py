@@ -191,46 +191,56 @@ def packed_rows(
     a document's last token has one only if another document begins after it in the row, and not
     isolated. So no token is the target of two.
     """
-    shape, length = (len(rows_B), plan.length), plan.length
-    pieces_per_row = plan.rows[rows_B + 1] - plan.rows[rows_B]
-    piece_P = _ranges(plan.rows[rows_B], pieces_per_row)
-    row_P = np.repeat(np.arange(len(rows_B)), pieces_per_row)
-    size_P = plan.sizes[piece_P].astype(np.int64)
-    before_P = np.cumsum(size_P) - size_P  # tokens in the pieces before, over all rows
-    first_of_row = np.cumsum(pieces_per_row) - pieces_per_row
-    column_P = before_P - before_P[first_of_row][row_P] if len(piece_P) else before_P
+    length = plan.length
+    pieces_B = plan.rows[rows_B + 1] - plan.rows[rows_B]
+    piece_P = _ranges(plan.rows[rows_B], pieces_B)
+    row_P = np.repeat(np.arange(len(rows_B)), pieces_B)
+    start_P, size_P = plan.starts[piece_P], plan.sizes[piece_P].astype(np.int64)
+    end_P = start_P + size_P
+    first_P = np.repeat(np.cumsum(pieces_B) - pieces_B, pieces_B)  # the first piece of its row
+    before_P = np.cumsum(size_P) - size_P
+    column_P = before_P - before_P[first_P]
 
-    within_N = np.arange(size_P.sum()) - np.repeat(before_P, size_P)
-    source_N = np.repeat(plan.starts[piece_P], size_P) + within_N
-    place_N = np.repeat(row_P * length + column_P, size_P) + within_N
+    # What a piece's last token is to predict, and whether it counts.
+    target_P = np.minimum(end_P, tokens.total - 1)
+    weight_P = (~plan.ends[piece_P]).astype(np.float32)
+    if not isolate:
+        # A piece with another one behind it is the end of a document. If that other piece is the
+        # rest of a cut document, its first token already is the target of the part before it.
+        joined_P = np.flatnonzero(row_P[1:] == row_P[:-1])
+        next_P = start_P[joined_P + 1]
+        begins = tokens.offsets[np.searchsorted(tokens.offsets, next_P)] == next_P
+        target_P[joined_P[begins]], weight_P[joined_P[begins]] = next_P[begins], 1
+
+    # From here on pieces are in the order of the corpus, in which shards are read fastest.
+    order_P = np.argsort(start_P)
+    size_P = size_P[order_P]
+    ends_P = np.cumsum(size_P)
+    within_N = np.arange(size_P.sum()) - np.repeat(ends_P - size_P, size_P)
+    place_N = np.repeat((row_P * length + column_P)[order_P], size_P) + within_N
 
     def spread(values_N: np.ndarray | int, dtype: type = np.int32) -> np.ndarray:
-        out = np.zeros(shape[0] * length, dtype)
+        out = np.zeros(len(rows_B) * length, dtype)
         out[place_N] = values_N
-        return out.reshape(shape)
+        return out.reshape(len(rows_B), length)
 
-    weight_N = np.ones(len(source_N), np.float32)
-    last_P = before_P + size_P - 1
-    weight_N[last_P[plan.ends[piece_P]]] = 0
-    leaves = {"tokens": spread(tokens.take(source_N))}
-    following_N = tokens.take(np.minimum(source_N + 1, tokens.total - 1))
+    id_N = tokens.take(np.repeat(start_P[order_P], size_P) + within_N)
+    following_N, weight_N = np.roll(id_N, -1), np.ones(len(id_N), np.float32)
+    counted_P = weight_P[order_P]
+    following_N[ends_P - 1] = np.where(counted_P > 0, tokens.take(target_P)[order_P], 0)
+    weight_N[ends_P - 1] = counted_P
+    leaves = {
+        "tokens": spread(id_N),
+        "targets": spread(following_N),
+        "weights": spread(weight_N, np.float32),
+    }
     if isolate:
-        ordinal_P = np.arange(len(piece_P)) - first_of_row[row_P]
-        segments, positions = np.repeat(ordinal_P + 1, size_P), within_N
+        ordinal_P = np.arange(len(piece_P)) - first_P
+        leaves["segments"] = spread(np.repeat(ordinal_P[order_P] + 1, size_P))
+        leaves["positions"] = spread(within_N)
     else:
-        segments, positions = 1, place_N % length
-        # Within the row the neighbour follows. Only a piece that fills its row is cut behind. The
-        # rest of a cut document already is the target of the piece before it.
-        joined_P = np.flatnonzero(row_P[1:] == row_P[:-1])
-        next_P = plan.starts[piece_P[joined_P + 1]]
-        begins = tokens.offsets[np.searchsorted(tokens.offsets, next_P)] == next_P
-        joined_P, next_P = joined_P[begins], next_P[begins]
-        following_N[last_P[joined_P]] = tokens.take(next_P)
-        weight_N[last_P[joined_P]] = 1
-    following_N[weight_N == 0] = 0
-    leaves["targets"] = spread(following_N)
-    leaves["weights"] = spread(weight_N, np.float32)
-    leaves["segments"], leaves["positions"] = spread(segments), spread(positions)
+        leaves["segments"] = spread(1)
+        leaves["positions"] = spread(place_N % length)
     return leaves
 
 

@@ -43,13 +43,13 @@ def train(
     max_bytes: int | None = 20_000_000,
     seed: int = 0,
 ) -> Tokenizer:
-    """Trains a tokenizer. The same arguments give the same `fingerprint()` on every machine.
+    """Trains a tokenizer. The same arguments and library versions give the same `fingerprint()`.
 
     Args:
       kind: a key of `KINDS`.
       texts: documents.
       vocab_size: number of ids, special tokens included. Subword kinds have exactly as many, and
-        need the argument; "char" and "word" at most as many; "byte" ignores it.
+        need the argument; "char" and "word" at most as many (None or 0: all); "byte" ignores it.
       special_tokens: user-defined ones, in addition to those of the kind (<pad>, <unk>, <s>, </s>,
         or BERT's for "hf_wordpiece"; "char" has only <unk>).
       split_digits: every digit is a token.
@@ -68,6 +68,7 @@ def train(
     if kind not in KINDS:
         raise ValueError(f"--kind={kind} is not a tokenizer; kinds are {', '.join(KINDS)}")
     function, understood = KINDS[kind]
+    vocab_size = vocab_size or None
     given = {
         "split_digits": split_digits,
         "keep_indentation": keep_indentation,
@@ -86,7 +87,7 @@ def train(
             _checked(texts), vocab_size=vocab_size, special_tokens=special_tokens, **options
         )
     if kind != "word":
-        if not vocab_size or vocab_size < 1:
+        if vocab_size is None or vocab_size < 1:
             raise ValueError(f"a {kind} tokenizer needs --vocab_size, for example 4096")
         options["options"] = dict(options)  # what the tokenizer remembers of them
     parts = sample(_checked(texts), max_bytes, seed)

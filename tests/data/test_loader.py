@@ -84,8 +84,10 @@ def test_a_new_loader_of_the_same_seed_continues_and_another_seed_differs():
 @pytest.mark.parametrize("sources", [1, 2])
 def test_hosts_in_order_are_the_single_host(packing, sources):
     tokens = [corpus(), corpus(2000, start=10_000, seed=1)][:sources]
-    whole = loader(*tokens, packing=packing)
-    parts = [loader(*tokens, packing=packing, host_index=h, host_count=4) for h in range(4)]
+    # Uneven shares: with even ones, every host's block would have the same pattern of sources.
+    options = {"packing": packing, "weights": [((0.0, 1.0),), ((0.0, 0.4),)][:sources]}
+    whole = loader(*tokens, **options)
+    parts = [loader(*tokens, **options, host_index=h, host_count=4) for h in range(4)]
     for step in (0, 17, 63):
         joined = jax.tree.map(lambda *rows: np.concatenate(rows), *[p.batch(step) for p in parts])
         assert_equal(joined, whole.batch(step))
@@ -204,14 +206,21 @@ def test_evaluation_counts_every_target_exactly_once(total, length, batch, packi
     assert sum(b.bytes.sum() for b in found) == LENGTHS[counted].sum()
 
 
-def test_evaluation_rows_are_evenly_spaced_and_split_over_hosts():
-    tokens = corpus(32 * 100 + 1, documents=1)
+def test_evaluation_rows_are_evenly_spaced():
     options = {"length": 32, "batch_size": 4, "token_lengths": LENGTHS}
-    some = list(eval_batches(tokens, rows=10, **options))
+    some = list(eval_batches(corpus(32 * 100 + 1, documents=1), rows=10, **options))
     starts = np.concatenate([b.tokens[:, 0] for b in some])
     assert starts.tolist() == [1 + 320 * i for i in range(10)] + [0, 0]
-    parts = [eval_batches(tokens, rows=10, host_index=h, host_count=2, **options) for h in (0, 1)]
-    for i, batch in enumerate(some):
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_evaluation_is_split_over_hosts(packing):
+    options = {"length": 32, "batch_size": 8, "packing": packing, "token_lengths": LENGTHS}
+    tokens = corpus(300, documents=5)
+    whole = list(eval_batches(tokens, rows=9, **options))
+    assert len(whole) == 2  # of the last batch, three of four hosts have padding only
+    parts = [eval_batches(tokens, rows=9, host_index=h, host_count=4, **options) for h in range(4)]
+    for i, batch in enumerate(whole):
         assert_equal(jax.tree.map(lambda *x: np.concatenate(x), *[p[i] for p in parts]), batch)
 
 

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from benchmarks import data as benchmark
 from llm_jax import tokenizers
 from llm_jax.config import DataConfig, SourceConfig, TokenizerConfig
 from llm_jax.data import documents, shards
@@ -190,6 +191,15 @@ def test_names_that_are_no_folder_names_are_refused(tmp_path, file):
 def test_a_follower_without_a_writer_is_told(tmp_path, file):
     with pytest.raises(FileNotFoundError):
         prepare_corpus(DataConfig(inputs=(file,)), BYTE, str(tmp_path / "run"), writer=False)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    # `python -m benchmarks.data` shows the same up to 1 GB.
+    small, large = (benchmark.measure_memory(size, str(tmp_path)) for size in (30, 300))
+    for work in ("prepare", "load"):
+        assert large[work]["RssAnon"] < small[work]["RssAnon"] + 25, work
 
 
 def run(*flags):
