@@ -70,7 +70,7 @@ def token_scores(
     return dict(zip(want, _scores(table_VxD.astype(x_BxLxD.dtype), x_BxLxD, targets_BxL, shape), strict=True))
 
 
-def _over_mesh(f, shape: Shape, inputs: tuple, outputs: tuple):
+def _over_mesh(f, inputs: tuple, outputs: tuple):
     """f under a fully manual shard_map; inputs and outputs are tuples of logical axes."""
     mesh = sharding.ambient_mesh()
     if mesh is None:
@@ -87,17 +87,15 @@ TABLE, ROWS, TOKENS = ("vocab", None), ("batch", "length", None), ("batch", "len
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _scores(table: Array, x: Array, targets: Array, shape: Shape) -> tuple[Array, ...]:
-    run = _over_mesh(partial(_forward, shape=shape, keep=False), shape, (TABLE, ROWS, TOKENS),
-                     ((TOKENS,) * len(shape.want), None))
-    return run(table, x, targets)[0]
+    forward = lambda *args: _forward(*args, shape=shape, keep=False)[0]  # noqa: E731
+    return _over_mesh(forward, (TABLE, ROWS, TOKENS), (TOKENS,) * len(shape.want))(table, x, targets)
 
 
 def _scores_forward(table: Array, x: Array, targets: Array, shape: Shape) -> tuple:
-    n_terms = len(shape.want)
     keep = _keeps_logits(table, x, shape)
     saved = (TOKENS, TOKENS, ("batch", "length", "vocab") if keep else None)
-    run = _over_mesh(partial(_forward, shape=shape, keep=keep), shape, (TABLE, ROWS, TOKENS),
-                     ((TOKENS,) * n_terms, saved))
+    forward = partial(_forward, shape=shape, keep=keep)
+    run = _over_mesh(forward, (TABLE, ROWS, TOKENS), ((TOKENS,) * len(shape.want), saved))
     out, residuals = run(table, x, targets)
     return out, (table, x, targets, residuals)
 
@@ -106,7 +104,7 @@ def _scores_backward(shape: Shape, saved: tuple, grads: tuple[Array, ...]) -> tu
     table, x, targets, residuals = saved
     axes = (TOKENS, TOKENS, ("batch", "length", "vocab") if residuals[2] is not None else None)
     run = _over_mesh(
-        partial(_backward, shape=shape), shape, (TABLE, ROWS, TOKENS, axes, (TOKENS,) * len(grads)), (TABLE, ROWS)
+        partial(_backward, shape=shape), (TABLE, ROWS, TOKENS, axes, (TOKENS,) * len(grads)), (TABLE, ROWS)
     )
     d_table, d_x = run(table, x, targets, residuals, tuple(grads))
     return d_table.astype(table.dtype), d_x, None

@@ -13,6 +13,7 @@ import base64
 import contextlib
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,18 @@ class Checkpoints:
             self._manager.wait_until_finished()
             if step in self._manager.all_steps():
                 return
+            self._check_space(state)
             metrics = None if eval_loss is None else {"eval_loss": eval_loss}
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
             if wait:
                 self._manager.wait_until_finished()
+
+    def _check_space(self, state: TrainState) -> None:
+        # A write that fails half-way leaves pages of Orbax's and tensorstore's tracebacks.
+        need = sum(s.data.nbytes for x in jax.tree.leaves(state) for s in x.addressable_shards if s.replica_id == 0)
+        free = shutil.disk_usage(self.directory).free
+        if need > free:
+            raise OSError(f"No space left on device ({need / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free)")
 
     def latest(self) -> int | None:
         """The last whole checkpoint's step, or None."""
@@ -182,7 +191,7 @@ def _short(value: Any) -> str:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     # tensorstore's messages carry the operating system's reason at their end.
-    for reason in ("No space left on device", "Permission denied", "File too large", "Read-only file system"):
+    for reason in ("Permission denied", "File too large", "Read-only file system", "Disk quota exceeded"):
         if reason in text:
             return reason
     return (text.splitlines() or [type(error).__name__])[0][:200]

@@ -6,9 +6,11 @@ frozen, (3) mesh and program, (4) the loader, whose batch is a function of (seed
 fresh start, (6) steps from where the state stands.
 """
 
+import contextlib
 import json
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +49,19 @@ class NonFiniteError(Exception):
     """Too many steps in a row had a loss or gradient that is not finite."""
 
 
-def train(cfg: TrainConfig, workdir: str | Path, *, dry_run: bool = False, debug: bool = False) -> dict[str, Any]:
+def train(
+    cfg: TrainConfig,
+    workdir: str | Path,
+    *,
+    dry_run: bool = False,
+    debug: bool = False,
+    devices: Sequence[jax.Device] | None = None,
+) -> dict[str, Any]:
     """Runs or resumes the training that `cfg` describes in `workdir`; returns its summary.
 
     `cfg` is resolved and frozen here. `dry_run` prepares everything, prints what would run and
     compiles nothing. `debug` runs without jit and without scan and stops at the first NaN.
+    `devices` are those of the mesh (default: all).
 
     Raises:
       ValueError, OSError: what the user can mend, in one line.
@@ -83,10 +93,10 @@ def train(cfg: TrainConfig, workdir: str | Path, *, dry_run: bool = False, debug
         )
     configs.validate(cfg)
     configs.freeze(cfg)
-    mesh = sharding.make_mesh(cfg.mesh)
+    mesh = sharding.make_mesh(cfg.mesh, devices)
+    peak = peak_flops(mesh.devices.flat[0]) * mesh.size
     with jax.set_mesh(mesh):
-        program = build(cfg, mesh)
-        run = _Run(cfg, workdir, corpus, program)
+        run = _Run(cfg, workdir, corpus, build(cfg, mesh), peak)
         if dry_run:
             return run.describe()
         environment.write(workdir, cfg, corpus.tokenizer.fingerprint(), run.loader.identity)
@@ -96,8 +106,9 @@ def train(cfg: TrainConfig, workdir: str | Path, *, dry_run: bool = False, debug
 class _Run:
     """One process's share of a run: the pieces that the loop needs at hand."""
 
-    def __init__(self, cfg: TrainConfig, workdir: Path, corpus: Corpus, program: Program):
+    def __init__(self, cfg: TrainConfig, workdir: Path, corpus: Corpus, program: Program, peak: float):
         self.cfg, self.workdir, self.corpus, self.program = cfg, workdir, corpus, program
+        self.peak = peak
         self.main = jax.process_index() == 0
         lengths = corpus.tokenizer.token_lengths()
         self.loader = data_loader.make_loader(
@@ -189,7 +200,6 @@ class _Run:
         self.progress = Progress(cfg.steps, start, active=self.main)
         self.speed = Throughput(self.tokens_per_step)
         self.spikes = SpikeScore()
-        self.peak = peak_flops(jax.devices()[0]) * jax.device_count()
         self.last: dict[str, Any] = {}
         stop = _StopSignals()
         pending = None
@@ -230,6 +240,10 @@ class _Run:
         except NonFiniteError as e:
             checkpoints.save(self._good(state), int(state.step), None, wait=True)
             raise ValueError(f"{e}; the last good state is saved in {checkpoints.directory}") from None
+        except BaseException:
+            with contextlib.suppress(OSError):
+                checkpoints.close()  # what is being written in the background is finished
+            raise
         finally:
             stop.restore()
             self.progress.close()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from llm_jax.config import DataConfig, SourceConfig, TokenizerConfig
 from llm_jax.data import documents, shards
 from llm_jax.data.prepare import prepare_corpus, prepare_in
 
+ROOT = pathlib.Path(__file__).parents[2]
 BYTE = TokenizerConfig(kind="byte")
 TEXT = "".join(f"Line {i} of a text: café.\n" for i in range(400))
 
@@ -202,12 +204,18 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
         assert large[work]["RssAnon"] < small[work]["RssAnon"] + 25, work
 
 
+def test_preparing_data_does_not_import_jax():
+    code = "import sys, llm_jax.data.prepare; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def run(*flags):
     return subprocess.run(
         [sys.executable, "-m", "experiments.prepare_data", *flags],
         capture_output=True,
         text=True,
         timeout=100,
+        cwd=ROOT,
     )
 
 

@@ -51,14 +51,15 @@ def test_scores_equal_plain_reference(softcap, chunk, mesh):
         return jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(table, x)
 
     want = run(lambda t, x: weighted(plain(t, x, targets, softcap)))
-    if mesh is None:
+    mesh = sharding.make_mesh(MeshConfig(**(mesh or {})), jax.devices()[: 8 if mesh else 1])
+    with jax.set_mesh(mesh):
         got = run(fused)
-        values = head.token_scores(table, x, targets, vocab_size=V, softcap=softcap, chunk=chunk, want=head.TERMS)
-        for name, value in plain(table, x, targets, softcap).items():
-            np.testing.assert_allclose(values[name], value, atol=3e-5, err_msg=name)
-    else:
-        with jax.set_mesh(sharding.make_mesh(MeshConfig(**mesh))):
-            got = run(fused)
+        forward = jax.jit(
+            lambda t, x: head.token_scores(t, x, targets, vocab_size=V, softcap=softcap, chunk=chunk, want=head.TERMS)
+        )
+        values = forward(table, x)
+    for name, value in plain(table, x, targets, softcap).items():
+        np.testing.assert_allclose(values[name], value, atol=3e-5, err_msg=name)
     np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
     for a, b in zip(got[1], want[1], strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-4)

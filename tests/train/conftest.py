@@ -1,0 +1,80 @@
+"""A small text, and runs of the real loop and the real binary on it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llm_jax import config as configs
+
+ROOT = Path(__file__).parents[2]
+WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps under some old tree".split()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A file of 300 short documents' worth of text that a tiny model can learn."""
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    lines = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 9)) + ".\n" for i in range(1, 301)]
+    path.write_text("".join(lines))
+    return path
+
+
+def run_config(corpus, **changes) -> configs.TrainConfig:
+    """A mutable config of a run that takes a second."""
+    values = {
+        "steps": 12,
+        "batch_size": 8,
+        "length": 32,
+        "model.d_model": 32,
+        "model.n_layers": 2,
+        "model.n_heads": 4,
+        "model.d_ff": 64,
+        "model.vocab_multiple": 8,
+        "model.scan": False,
+        "optimizer.learning_rate": 3e-3,
+        "optimizer.warmup_steps": 2,
+        "optimizer.ema_decay": 0.5,
+        "tokenizer.kind": "byte",
+        "data.inputs": (str(corpus),),
+        "eval.every": 6,
+        "eval.sample_tokens": 8,
+        "checkpoint.every": 6,
+        "log.every": 1,
+        "log.compilation_cache": "",
+        **changes,
+    }
+    return configs.override(configs.TrainConfig(), values)
+
+
+def flags_of(cfg_changes: dict) -> list[str]:
+    return [f"--config.{k}={v}" for k, v in cfg_changes.items()]
+
+
+def environment(devices: int | None = None) -> dict:
+    env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": os.environ["LLM_JAX_TEST_CACHE"], "JAX_PLATFORMS": "cpu",
+           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3", "PYTHONPATH": str(ROOT)}
+    env.pop("XLA_FLAGS", None)
+    if devices:
+        env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    return env
+
+
+def start(module: str, *args: str, devices: int | None = None) -> subprocess.Popen:
+    """A binary as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", f"experiments.{module}", *args],
+        cwd=ROOT,
+        env=environment(devices),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_binary(module: str, *args: str, devices: int | None = None) -> subprocess.CompletedProcess:
+    process = start(module, *args, devices=devices)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(args, process.returncode, out, err)
