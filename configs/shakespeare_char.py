@@ -39,7 +39,7 @@ def get_config() -> TrainConfig:
             learning_rate=1e-3, warmup_steps=100, final_learning_rate=1e-4, b2=0.99, weight_decay=0.1
         ),
         tokenizer=TokenizerConfig(kind="char", unk=False),
-        data=DataConfig(isolate_documents=False, add_eos=False),
+        data=DataConfig(packing="random", isolate_documents=False, add_eos=False),
         eval=EvalConfig(every=500, batch_size=128, prompts=("\n",), sample_tokens=63),
         checkpoint=CheckpointConfig(every=500),
         log=LogConfig(every=10),

@@ -166,7 +166,8 @@ class DataConfig(Config):
     eval_inputs: tuple = ()  # held-out text; empty: the last eval_fraction of each source
     eval_fraction: float = 0.1  # by characters, from the end
     text_key: str = "text"  # field of jsonl and parquet rows
-    packing: str = "split"  # split (concatenate and split) | first_fit | pad
+    # split (concatenate and split) | random (windows at random places) | first_fit | pad
+    packing: str = "split"
     isolate_documents: bool = True  # no token sees a neighbour's document, positions restart
     add_bos: bool = False
     add_eos: bool = True  # the tokenizer's end token after each document
@@ -243,7 +244,7 @@ CHOICES = {
     "model.remat": ("none", "full", "dots", "attention"),
     "optimizer.name": ("adamw", "adafactor", "muon"),
     "optimizer.schedule": ("cosine", "linear", "wsd", "constant"),
-    "data.packing": ("split", "first_fit", "pad"),
+    "data.packing": ("split", "random", "first_fit", "pad"),
 }
 GATED = ("swiglu", "geglu")
 

@@ -115,7 +115,8 @@ def make_loader(
 
     Args:
       length, batch_size: tokens a row, rows a step over all hosts.
-      packing: "split", "first_fit" or "pad", see `llm_jax.data.packing`.
+      packing: "split", "first_fit" or "pad", see `llm_jax.data.packing`; or "random": windows as
+        in "split", from places that are drawn anew for each row, with replacement.
       isolate_documents: no token sees, or is predicted from, another document.
       token_lengths: int32 [V], UTF-8 bytes of each id.
       shuffle: rows come in another order in each epoch, and where `split` cuts differs as well;
@@ -157,7 +158,10 @@ class _Stream:
         self._plan, self._slack = None, 0
         # Orders are made a block of rows at a time: most batches then only look theirs up.
         self._block = functools.lru_cache(maxsize=16)(self._order)
-        if packing == "split":
+        self._random = packing == "random"
+        if self._random and seed is None:
+            raise ValueError("data.packing=random draws rows at random; it needs data.shuffle=True")
+        if packing in ("split", "random"):
             targets = self.tokens.total - 1
             if targets < length:
                 raise ValueError(
@@ -194,7 +198,11 @@ class _Stream:
         return packing_.split_rows(self.tokens, rows_B, self._length, isolate=self._isolate)
 
     def _order(self, block: int) -> np.ndarray:
-        """Of BLOCK_ROWS consecutive row numbers: the first token ("split"), or the plan's row."""
+        """Of BLOCK_ROWS consecutive row numbers: the first token ("split", "random"), or the plan's row."""
+        if self._random:
+            words = [self._seed, block, *self.name.encode()]
+            drawn_N = np.random.SeedSequence(words).generate_state(BLOCK_ROWS, np.uint64)
+            return (drawn_N % np.uint64(self.tokens.total - self._length)).astype(np.int64)
         number_N = np.arange(block * BLOCK_ROWS, (block + 1) * BLOCK_ROWS)
         epoch_N, index_N = np.divmod(number_N, self.epoch_rows)
         offset_N = np.zeros_like(index_N)
@@ -239,7 +247,7 @@ def eval_batches(
 ) -> EvalBatches:
     """A held-out text, each of its targets exactly once, in batches of one shape.
 
-    Under "split", row i starts at token i * length, and the target of its last token is the first
+    Under "split" (and "random"), row i starts at token i * length, and the target of its last token is the first
     token of row i + 1. What is missing in the last row and the last batch is padding at the end,
     weight 0. (Not isolated, rows have no segments even then: a causal model does not see it.)
 
@@ -250,7 +258,8 @@ def eval_batches(
     _check_tokens(tokens, "the held-out text", token_lengths, isolate_documents)
     if batch_size % host_count:
         raise ValueError(f"batch_size={batch_size} is not divisible by the {host_count} processes")
-    plan = None if packing == "split" else packing_.make_plan(tokens, packing, length)
+    windows = packing in ("split", "random")
+    plan = None if windows else packing_.make_plan(tokens, packing, length)
     whole = -(-(tokens.total - 1) // length) if plan is None else len(plan)
     chosen = np.arange(whole) if not 0 < rows < whole else np.arange(rows) * whole // rows
     share = batch_size // host_count

@@ -133,7 +133,7 @@ def abstract_batch(cfg: TrainConfig, mesh: Mesh) -> Batch:
     def leaf(dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((k, cfg.batch_size // k, cfg.length), dtype)
 
-    whole_rows = cfg.data.packing == "split" and not cfg.data.isolate_documents
+    whole_rows = cfg.data.packing in ("split", "random") and not cfg.data.isolate_documents
     batch = Batch(
         tokens=leaf(jnp.int32),
         segments=None if whole_rows else leaf(jnp.int32),

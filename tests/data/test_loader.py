@@ -280,3 +280,18 @@ def test_iteration_can_stop_early_and_errors_come_through():
     data._streams[0].tokens.shards[0][:] = 60_000
     with pytest.raises(ValueError, match="outside the vocabulary"):
         list(loader(Tokens([np.full(500, 60_000, np.uint16)], np.array([0, 500]), vocab_size=V)))
+
+
+def test_random_windows_start_anywhere():
+    text = corpus(total=400)
+    random = loader(text, packing="random", isolate_documents=False, steps=600)
+    firsts = np.concatenate([random.batch(i).tokens[:, 0] for i in range(600)])
+    batch = random.batch(7)
+    np.testing.assert_array_equal(batch.targets[:, :-1], batch.tokens[:, 1:])
+    assert batch.segments is None and (batch.weights == 1).all()
+    assert set(firsts.tolist()) == set(range(1, 400 - 32 + 1))  # every start that has all its targets
+    counts = np.bincount(firsts)[1:]
+    assert counts.max() < 3 * counts.mean()  # 13 on average: drawn alike
+    assert_equal(random.batch(7), loader(text, packing="random", isolate_documents=False, steps=600).batch(7))
+    with pytest.raises(ValueError, match=r"data.shuffle=True"):
+        loader(text, packing="random", shuffle=False)
