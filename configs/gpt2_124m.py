@@ -32,10 +32,16 @@ def get_config(name: str = "gpt2_124m", architecture: str = "gpt2") -> TrainConf
         accumulation=1,
         model=model,
         optimizer=OptimizerConfig(
-            learning_rate=6e-4, warmup_steps=2000, final_learning_rate=6e-5, b2=0.95, weight_decay=0.1
+            learning_rate=6e-4,
+            warmup_steps=2000,
+            final_learning_rate=6e-5,
+            b2=0.95,
+            weight_decay=0.1,
         ),
         tokenizer=TokenizerConfig(kind="hf_bpe", vocab_size=50_257),
-        data=DataConfig(inputs=("hf:Skylion007/openwebtext",), isolate_documents=False, eval_fraction=0.001),
+        data=DataConfig(
+            inputs=("hf:Skylion007/openwebtext",), isolate_documents=False, eval_fraction=0.001
+        ),
         eval=EvalConfig(every=1000, rows=4800),
         checkpoint=CheckpointConfig(every=1000),
     )

@@ -31,7 +31,11 @@ def get_config(name: str = "llama_1b", architecture: str = "llama3.2-1b") -> Tra
         model=model,
         mesh=MeshConfig(data=1, fsdp=-1),
         optimizer=OptimizerConfig(
-            learning_rate=4e-4, warmup_steps=1000, final_learning_rate=4e-5, b2=0.95, weight_decay=0.1
+            learning_rate=4e-4,
+            warmup_steps=1000,
+            final_learning_rate=4e-5,
+            b2=0.95,
+            weight_decay=0.1,
         ),
         tokenizer=TokenizerConfig(kind="hf_bpe", vocab_size=128_256),
         data=DataConfig(inputs=("hf:HuggingFaceFW/fineweb-edu",), eval_fraction=0.001),

@@ -36,7 +36,11 @@ def get_config() -> TrainConfig:
             dtype="float32",
         ),
         optimizer=OptimizerConfig(
-            learning_rate=1e-3, warmup_steps=100, final_learning_rate=1e-4, b2=0.99, weight_decay=0.1
+            learning_rate=1e-3,
+            warmup_steps=100,
+            final_learning_rate=1e-4,
+            b2=0.99,
+            weight_decay=0.1,
         ),
         tokenizer=TokenizerConfig(kind="char", unk=False),
         data=DataConfig(packing="random", isolate_documents=False, add_eos=False),

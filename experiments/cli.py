@@ -17,7 +17,9 @@ def define_config(cls: type = TrainConfig, name: str = "config", default: str | 
     from ml_collections import config_flags
 
     holder = config_flags.DEFINE_config_file(
-        name, default, f"recipe whose get_config() returns a {cls.__name__}; --{name}.KEY=VALUE overrides"
+        name,
+        default,
+        f"recipe whose get_config() returns a {cls.__name__}; --{name}.KEY=VALUE overrides",
     )
     # Listed by --help of the binary that asked for it, not of this module.
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])

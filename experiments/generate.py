@@ -1,6 +1,6 @@
 """Completes prompts with a trained checkpoint.
 
-    python -m experiments.generate --checkpoint=runs/quickstart --prompt='Return the ' --max_new_tokens=64
+python -m experiments.generate --checkpoint=runs/quickstart --prompt='Return the ' --max_new_tokens=64
 """
 
 import json
@@ -13,18 +13,26 @@ from experiments import cli
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "run directory, its checkpoints folder, or one step folder", required=True
 )
-_PROMPT = flags.DEFINE_multi_string("prompt", [], "prompt; may be repeated; default: the start of a text")
+_PROMPT = flags.DEFINE_multi_string(
+    "prompt", [], "prompt; may be repeated; default: the start of a text"
+)
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "file with one prompt a line ('-': stdin)")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "tokens to generate at most")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0: greedy")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "keep the k most probable tokens; 0: all")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "keep the most probable tokens up to this probability; 1: all")
-_MIN_P = flags.DEFINE_float("min_p", 0.0, "keep tokens with this share of the highest probability; 0: all")
+_TOP_P = flags.DEFINE_float(
+    "top_p", 1.0, "keep the most probable tokens up to this probability; 1: all"
+)
+_MIN_P = flags.DEFINE_float(
+    "min_p", 0.0, "keep tokens with this share of the highest probability; 0: all"
+)
 _REPETITION_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "1: none")
 _STOP = flags.DEFINE_multi_string("stop", [], "string that ends a text; may be repeated")
 _SAMPLES = flags.DEFINE_integer("samples", 1, "completions of each prompt")
 _SEED = flags.DEFINE_integer("seed", 0, "the same seed gives the same texts")
-_JSON = flags.DEFINE_bool("json", False, "print one JSON object a completion, with log-probabilities")
+_JSON = flags.DEFINE_bool(
+    "json", False, "print one JSON object a completion, with log-probabilities"
+)
 
 
 def main(argv: list[str]) -> None:

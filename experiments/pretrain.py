@@ -13,11 +13,15 @@ from absl import flags
 from experiments import cli
 
 _CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "run directory; made if absent, resumed if not", required=True)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "run directory; made if absent, resumed if not", required=True
+)
 _INPUT = flags.DEFINE_list(
     "input", [], "training text: files, folders, globs, hf:NAME; replaces the recipe's data"
 )
-_EVAL_INPUT = flags.DEFINE_list("eval_input", [], "held-out text; default: the last 10 % of the input")
+_EVAL_INPUT = flags.DEFINE_list(
+    "eval_input", [], "held-out text; default: the last 10 % of the input"
+)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "prepare the data, print what would run, and stop")
 _DEBUG = flags.DEFINE_bool("debug", False, "no jit, no scan, stop at the first NaN")
 

@@ -27,7 +27,9 @@ class Model:
       tokenizer: its tokenizer.
     """
 
-    def __init__(self, config: TrainConfig, params: PyTree, tokenizer: Any, mesh: jax.sharding.Mesh):
+    def __init__(
+        self, config: TrainConfig, params: PyTree, tokenizer: Any, mesh: jax.sharding.Mesh
+    ):
         self.config, self.params, self.tokenizer, self.mesh = config, params, tokenizer, mesh
 
     def logits(self, tokens: Any) -> Array:
@@ -38,12 +40,17 @@ class Model:
         """
         tokens = np.asarray(tokens)
         if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
-            raise ValueError(f"tokens have to be integers [B, L], not {tokens.dtype} {tokens.shape}")
+            raise ValueError(
+                f"tokens have to be integers [B, L], not {tokens.dtype} {tokens.shape}"
+            )
         vocab = self.config.model.vocab_size
         if tokens.min() < 0 or tokens.max() >= vocab:
             bad = tokens[(tokens < 0) | (tokens >= vocab)][0]
             raise ValueError(f"token id {bad} is outside the model's vocabulary of {vocab}")
-        if self.config.model.positions == "learned" and tokens.shape[1] > self.config.model.max_length:
+        if (
+            self.config.model.positions == "learned"
+            and tokens.shape[1] > self.config.model.max_length
+        ):
             raise ValueError(
                 f"{tokens.shape[1]} tokens do not fit the model's {self.config.model.max_length} positions"
             )

@@ -21,7 +21,9 @@ class Config:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if getattr(self, "_frozen", False):
-            raise AttributeError(f"the config is frozen; {name!r} has to be set before training starts")
+            raise AttributeError(
+                f"the config is frozen; {name!r} has to be set before training starts"
+            )
         known = [f.name for f in dataclasses.fields(self)]
         if name not in known:
             raise AttributeError(unknown_key(type(self).__name__, name, known))
@@ -299,7 +301,9 @@ def validate(config: Config) -> None:
         if getattr(m, path) < 1:
             raise ValueError(f"model.{path}={getattr(m, path)} has to be at least 1")
     if m.kv_heads and m.n_heads % m.kv_heads:
-        raise ValueError(f"model.n_heads={m.n_heads} is not divisible by model.kv_heads={m.kv_heads}")
+        raise ValueError(
+            f"model.n_heads={m.n_heads} is not divisible by model.kv_heads={m.kv_heads}"
+        )
     if config.batch_size % config.accumulation:
         raise ValueError(
             f"batch_size={config.batch_size} is not divisible by accumulation={config.accumulation}"
@@ -385,7 +389,9 @@ def override(config: Config, values: dict[str, Any]) -> Config:
         holder = config
         for parent in parents:
             if not hasattr(holder, parent):
-                raise ValueError(unknown_key(path, parent, [f.name for f in dataclasses.fields(holder)]))
+                raise ValueError(
+                    unknown_key(path, parent, [f.name for f in dataclasses.fields(holder)])
+                )
             holder = getattr(holder, parent)
         try:
             setattr(holder, name, value)

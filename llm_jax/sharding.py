@@ -58,10 +58,14 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
     """The device mesh with all six axes, over `devices` (default: all of them)."""
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(cfg, len(devices))
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+    return jax.make_mesh(
+        shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices
+    )
 
 
-def partition_spec(axes: Sequence[str | None], mesh: Mesh | jax.sharding.AbstractMesh) -> PartitionSpec:
+def partition_spec(
+    axes: Sequence[str | None], mesh: Mesh | jax.sharding.AbstractMesh
+) -> PartitionSpec:
     """Logical axes -> PartitionSpec. Mesh axes of size 1 are left out.
 
     Raises:
@@ -77,7 +81,9 @@ def partition_spec(axes: Sequence[str | None], mesh: Mesh | jax.sharding.Abstrac
         cut = tuple(a for a in RULES[axis] if mesh.shape[a] > 1)
         for a in cut:
             if a in used:
-                raise ValueError(f"axes {used[a]!r} and {axis!r} of one array both want mesh axis {a!r}")
+                raise ValueError(
+                    f"axes {used[a]!r} and {axis!r} of one array both want mesh axis {a!r}"
+                )
             used[a] = axis
         entries.append(cut if len(cut) > 1 else cut[0] if cut else None)
     return PartitionSpec(*entries)
@@ -124,7 +130,12 @@ def check_divisible(cfg: TrainConfig, shape: dict[str, int]) -> None:
     vocab = -(-m.vocab_size // m.vocab_multiple) * m.vocab_multiple
     over = f" rows a micro-batch (batch_size / accumulation={cfg.accumulation})"
     for key, value, axes, hint in (
-        ("batch_size", rows, RULES["batch"], f"; it is {rows}{over}" if cfg.accumulation > 1 else ""),
+        (
+            "batch_size",
+            rows,
+            RULES["batch"],
+            f"; it is {rows}{over}" if cfg.accumulation > 1 else "",
+        ),
         ("length", cfg.length, RULES["length"], ""),
         ("model.n_layers", m.n_layers, RULES["layer"], ""),
         ("model.d_model", m.d_model, RULES["embed"], ""),

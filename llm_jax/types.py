@@ -127,7 +127,9 @@ class Mean:
 
     def value(self) -> Array:
         """total / weight, and 0 where nothing counted."""
-        return jnp.where(self.weight == 0, 0.0, self.total / jnp.where(self.weight == 0, 1.0, self.weight))
+        return jnp.where(
+            self.weight == 0, 0.0, self.total / jnp.where(self.weight == 0, 1.0, self.weight)
+        )
 
 
 @flax.struct.dataclass

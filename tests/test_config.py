@@ -32,7 +32,11 @@ def test_frozen_is_hashable_and_refuses():
 
 
 def test_round_trips(tmp_path):
-    cfg = TrainConfig(data=configs.DataConfig(sources=(configs.SourceConfig(name="a", weights=((0.0, 1.0), (1.0, 2.0))),)))
+    cfg = TrainConfig(
+        data=configs.DataConfig(
+            sources=(configs.SourceConfig(name="a", weights=((0.0, 1.0), (1.0, 2.0))),)
+        )
+    )
     configs.freeze(cfg)
     configs.save(cfg, tmp_path / "config.json")
     assert configs.load(TrainConfig, tmp_path / "config.json") == cfg
@@ -59,15 +63,25 @@ def test_validation_names_the_key(changes, message):
 def test_resolve_follows_from_the_rest():
     m = ModelConfig(d_model=96, n_heads=3, activation="swiglu")
     configs.resolve_model(m, vocab_size=11, length=7, backend="gpu")
-    assert (m.vocab_size, m.kv_heads, m.head_dim, m.d_ff, m.max_length, m.dtype) == (11, 3, 32, 256, 7, "bfloat16")
-    with pytest.raises(ValueError, match="model.n_heads=3"):
-        configs.resolve_model(ModelConfig(d_model=32, n_heads=3), vocab_size=1, length=1, backend="cpu")
+    assert (m.vocab_size, m.kv_heads, m.head_dim, m.d_ff, m.max_length, m.dtype) == (
+        11,
+        3,
+        32,
+        256,
+        7,
+        "bfloat16",
+    )
+    with pytest.raises(ValueError, match=r"model.n_heads=3"):
+        configs.resolve_model(
+            ModelConfig(d_model=32, n_heads=3), vocab_size=1, length=1, backend="cpu"
+        )
 
 
 def test_every_key_is_read_somewhere():
-    code = "\n".join(
-        p.read_text() for p in (ROOT / "llm_jax").rglob("*.py") if p.name != "config.py"
-    ) + (ROOT / "llm_jax/config.py").read_text().split("def get(")[1]
+    code = (
+        "\n".join(p.read_text() for p in (ROOT / "llm_jax").rglob("*.py") if p.name != "config.py")
+        + (ROOT / "llm_jax/config.py").read_text().split("def get(")[1]
+    )
 
     def keys(cls):
         for f in dataclasses.fields(cls):
@@ -76,7 +90,10 @@ def test_every_key_is_read_somewhere():
             else:
                 yield f.name
 
-    mesh = set(f.name for f in dataclasses.fields(configs.MeshConfig))  # read by name in a loop
-    unread = [k for k in [*keys(TrainConfig), *keys(configs.SourceConfig)]
-              if k not in mesh and not re.search(rf"\.{k}\b", code)]
+    mesh = {f.name for f in dataclasses.fields(configs.MeshConfig)}  # read by name in a loop
+    unread = [
+        k
+        for k in [*keys(TrainConfig), *keys(configs.SourceConfig)]
+        if k not in mesh and not re.search(rf"\.{k}\b", code)
+    ]
     assert not unread, f"config keys that nothing reads: {unread}"

@@ -19,7 +19,9 @@ def load(path: Path) -> configs.TrainConfig:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.__doc__ and "python -m experiments." in module.__doc__, f"{path.name}: no command in its docstring"
+    assert module.__doc__ and "python -m experiments." in module.__doc__, (
+        f"{path.name}: no command in its docstring"
+    )
     return module.get_config()
 
 
@@ -36,7 +38,9 @@ def test_recipe_lowers_on_eight_devices(path):
         cfg.mesh = configs.MeshConfig(data=4, fsdp=-1 if cfg.model.d_model % 2 == 0 else 1)
         cfg.batch_size = 16
     cfg.model.scan = True  # the same block; a loop of 48 layers takes a minute to trace
-    configs.resolve_model(cfg.model, vocab_size=cfg.tokenizer.vocab_size, length=cfg.length, backend="tpu")
+    configs.resolve_model(
+        cfg.model, vocab_size=cfg.tokenizer.vocab_size, length=cfg.length, backend="tpu"
+    )
     configs.validate(cfg)
     configs.freeze(cfg)
     lowered = lower(cfg, abstract_mesh(cfg.mesh))
@@ -47,7 +51,13 @@ def test_recipe_lowers_on_eight_devices(path):
 
 @pytest.mark.parametrize(
     "mesh",
-    [{"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2}],
+    [
+        {"data": 8},
+        {"fsdp": 8},
+        {"tensor": 8},
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"fsdp": 4, "tensor": 2},
+    ],
     ids=str,
 )
 def test_smoke_runs_on_any_mesh(mesh):
@@ -56,5 +66,7 @@ def test_smoke_runs_on_any_mesh(mesh):
     cfg.model.n_layers = 1
     configs.resolve_model(cfg.model, vocab_size=259, length=cfg.length, backend="cpu")
     for name in ("data", "fsdp", "tensor", "context", "stage", "expert"):
-        sharding.check_divisible(cfg, {**dict.fromkeys(sharding.MESH_AXES, 1), name: 8} | {"stage": 1})
+        sharding.check_divisible(
+            cfg, {**dict.fromkeys(sharding.MESH_AXES, 1), name: 8} | {"stage": 1}
+        )
     lower(configs.freeze(cfg), abstract_mesh(cfg.mesh))

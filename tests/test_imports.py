@@ -29,8 +29,15 @@ BESIDE = {
     "peft": {"types", "config", "sharding", "nn"},
     "interop": {"types", "config", "sharding", "nn", "models", "tokenizers"},
 }
-SEEN_FROM = {"objectives": 3, "tokenizers": RANK["decode"], "report": RANK["decode"],
-             "corpus": RANK["eval"], "data": RANK["decode"], "peft": RANK["decode"], "interop": RANK["decode"]}
+SEEN_FROM = {
+    "objectives": 3,
+    "tokenizers": RANK["decode"],
+    "report": RANK["decode"],
+    "corpus": RANK["eval"],
+    "data": RANK["decode"],
+    "peft": RANK["decode"],
+    "interop": RANK["decode"],
+}
 
 
 def layer_of(path: Path) -> str:
@@ -45,7 +52,10 @@ def imported_layers(path: Path) -> set[str]:
             names = [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names = [f"{node.module}.{a.name}" if node.module == "llm_jax" else node.module for a in node.names]
+            names = [
+                f"{node.module}.{a.name}" if node.module == "llm_jax" else node.module
+                for a in node.names
+            ]
         for name in names:
             parts = name.split(".")
             assert parts[0] != "experiments", f"{path} imports experiments"

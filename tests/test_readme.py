@@ -23,7 +23,9 @@ def folder(tmp_path_factory):
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "docs").mkdir()
     for n in range(40):
-        text = f"# Page {n}\n" + "".join(f"Line {i} of page {n}: {i * n % 97} apples, {i} pears.\n" for i in range(80))
+        text = f"# Page {n}\n" + "".join(
+            f"Line {i} of page {n}: {i * n % 97} apples, {i} pears.\n" for i in range(80)
+        )
         (folder / "docs" / f"page{n}.md").write_text(text)
     return folder
 
@@ -36,13 +38,17 @@ def test_commands_run_in_order(folder):
         args = [sys.executable, *shlex.split(command)[1:]]
         if "experiments.pretrain" in command:  # fewer steps; everything else as it stands
             args += ["--config.steps=8", "--config.eval.rows=16", "--config.checkpoint.every=4"]
-        done = subprocess.run(args, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            args, cwd=folder, env=env, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 
 
 def test_python_runs(folder):
     code = "\n".join(blocks("python")) + "\nprint(len(model.log_probs(['Hello'])[0]))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment(), capture_output=True, text=True
+    )
     assert done.returncode == 0 and done.stdout.strip() == "5", done.stderr
 
 
@@ -51,8 +57,12 @@ def test_files_and_verbs_exist():
         assert (ROOT / "experiments" / f"{verb}.py").exists(), verb
     there = {p.stem for p in (ROOT / "experiments").glob("*.py")} - {"__init__", "cli"}
     assert there == set(re.findall(r"^\| `experiments\.(\w+)`", README, re.M))
-    recipes = set(re.findall(r"`(\w+)`", README.split("## Recipes")[1].split("`--config")[0])) - {"configs"}
+    recipes = set(re.findall(r"`(\w+)`", README.split("## Recipes")[1].split("`--config")[0])) - {
+        "configs"
+    }
     assert recipes == {p.stem for p in (ROOT / "configs").glob("*.py")} - {"__init__"}
     for target in ("demo", "test"):
-        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+        done = subprocess.run(
+            ["make", "-n", target], cwd=ROOT, capture_output=True, text=True, env=os.environ
+        )
         assert done.returncode == 0, done.stderr

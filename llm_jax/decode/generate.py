@@ -73,7 +73,9 @@ def generate_tokens(
         return model.logits(params, out.x[:, -1:], cfg)[:, 0], out.cache
 
     def pick(n, logits, seen, state, done):
-        token, log_p = choose(logits, jax.vmap(lambda k: jax.random.fold_in(k, n))(keys_B), seen, sampling)
+        token, log_p = choose(
+            logits, jax.vmap(lambda k: jax.random.fold_in(k, n))(keys_B), seen, sampling
+        )
         if seen is not None:
             seen = seen.at[jnp.arange(B), token].set(True)
         ends = jnp.any(token[:, None] == end_ids[None, :], axis=1)
@@ -171,7 +173,9 @@ def generate(
         repetition_penalty=repetition_penalty,
     )
     encoded = [
-        encode_prompt(tokenizer, p, add_bos=add_bos) if isinstance(p, str) else list(p) or start_ids(tokenizer)
+        encode_prompt(tokenizer, p, add_bos=add_bos)
+        if isinstance(p, str)
+        else list(p) or start_ids(tokenizer)
         for p in prompts
     ]
     _check_ids(encoded, cfg)
@@ -193,7 +197,9 @@ def generate(
         row[P - len(ids) :] = ids
     stop_table = None
     if stop:
-        stop_table = stopping.token_automaton(stop, _padded(tokenizer.token_bytes(), cfg.vocab_size))[0]
+        stop_table = stopping.token_automaton(
+            stop, _padded(tokenizer.token_bytes(), cfg.vocab_size)
+        )[0]
     key = jax.random.key(seed)
     out = generate_tokens(
         params,
@@ -202,7 +208,9 @@ def generate(
         np.int32(max_new_tokens),
         jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(rows)),
         sampling,
-        np.array([tokenizer.eos_id] if stop_at_end and tokenizer.eos_id is not None else [-1], np.int32),
+        np.array(
+            [tokenizer.eos_id] if stop_at_end and tokenizer.eos_id is not None else [-1], np.int32
+        ),
         stop_table,
         cfg=cfg,
         n_slots=n_slots,
@@ -221,7 +229,9 @@ def generate(
 def _check_ids(encoded: list[list[int]], cfg: ModelConfig) -> None:
     for row in encoded:
         if bad := [i for i in row if not 0 <= i < cfg.vocab_size]:
-            raise ValueError(f"token id {bad[0]} is outside the model's vocabulary of {cfg.vocab_size}")
+            raise ValueError(
+                f"token id {bad[0]} is outside the model's vocabulary of {cfg.vocab_size}"
+            )
 
 
 def _padded(token_bytes: list[bytes], vocab_size: int) -> list[bytes]:

@@ -88,7 +88,9 @@ def filter_logits(logits_BxV: Array, sampling: Sampling) -> Array:
     return jnp.where(z < floor, NEVER, z)
 
 
-def choose(logits_BxV: Array, keys_B: Array, seen_BxV: Array | None, sampling: Sampling) -> tuple[Array, Array]:
+def choose(
+    logits_BxV: Array, keys_B: Array, seen_BxV: Array | None, sampling: Sampling
+) -> tuple[Array, Array]:
     """The next token [B], and its log-probability [B] under the model itself (before any filter)."""
     log_p = jax.nn.log_softmax(logits_BxV, axis=1)
     z = logits_BxV

@@ -73,7 +73,9 @@ def text_log_probs(
             tokens[row, :m], targets[row, :m], segments[row, :m] = rows[n][:-1], rows[n][1:], 1
         positions = np.broadcast_to(np.arange(L, dtype=np.int32), (batch_size, L))
         if cfg.positions == "learned" and longest > cfg.max_length:
-            raise ValueError(f"a text of {longest} tokens does not fit the model's {cfg.max_length} positions")
+            raise ValueError(
+                f"a text of {longest} tokens does not fit the model's {cfg.max_length} positions"
+            )
         batch = Batch(tokens=tokens, targets=targets, segments=segments, positions=positions)
         log_probs = np.asarray(_target_log_probs(params, batch, cfg))
         for row, n in enumerate(group):

@@ -1,8 +1,8 @@
 """The decoder-only transformer: GPT-2, Llama and what lies between, from one config.
 
-    x = embed(tokens) (+ positions)
-    pre-norm:   x = x + attention(norm(x));  x = x + mlp(norm(x));  final norm
-    post-norm:  x = norm(x + attention(x));  x = norm(x + mlp(x))
+x = embed(tokens) (+ positions)
+pre-norm:   x = x + attention(norm(x));  x = x + mlp(norm(x));  final norm
+post-norm:  x = norm(x + attention(x));  x = norm(x + mlp(x))
 """
 
 import math
@@ -38,7 +38,9 @@ def specs(cfg: ModelConfig) -> PyTree:
         ),
     }
     if cfg.positions == "learned":
-        tree["embed"]["positions"] = ParamSpec((cfg.max_length, D), (None, "embed"), Normal(cfg.init_std))
+        tree["embed"]["positions"] = ParamSpec(
+            (cfg.max_length, D), (None, "embed"), Normal(cfg.init_std)
+        )
     if cfg.norm_position == "pre":
         tree["final_norm"] = layers.norm_specs(cfg, D)
     if not cfg.tied:
@@ -47,7 +49,12 @@ def specs(cfg: ModelConfig) -> PyTree:
 
 
 def hidden(
-    params: PyTree, batch: Batch, cfg: ModelConfig, *, cache: Cache | None = None, rng: Array | None = None
+    params: PyTree,
+    batch: Batch,
+    cfg: ModelConfig,
+    *,
+    cache: Cache | None = None,
+    rng: Array | None = None,
 ) -> Hidden:
     """The trunk: tokens [B, L] -> x [B, L, D] after the final norm.
 
@@ -77,7 +84,11 @@ def hidden(
             shared_rope = rope
 
     def block(p, x, side, cache_layers, i):
-        keys = None if side["rng"] is None else jax.vmap(lambda k: jax.random.fold_in(k, i + 1))(side["rng"])
+        keys = (
+            None
+            if side["rng"] is None
+            else jax.vmap(lambda k: jax.random.fold_in(k, i + 1))(side["rng"])
+        )
         inner = side if shared_rope is None else {**side, "rope": shared_rope}
         pre = cfg.norm_position == "pre"
         with jax.named_scope("attention"):
@@ -127,7 +138,9 @@ def scores(
 
 def logits(params: PyTree, x_BxLxD: Array, cfg: ModelConfig) -> Array:
     """Trunk output -> float32 [B, L, V]; for decoding and for tests."""
-    return head.logits(head_table(params), x_BxLxD, vocab_size=cfg.vocab_size, softcap=cfg.logit_softcap)
+    return head.logits(
+        head_table(params), x_BxLxD, vocab_size=cfg.vocab_size, softcap=cfg.logit_softcap
+    )
 
 
 def init_cache(params: PyTree, batch: Batch, cfg: ModelConfig, length: int) -> Cache:
@@ -163,7 +176,9 @@ def cast(params: PyTree, dtype: str) -> PyTree:
     )
 
 
-def _side(batch: Batch, cfg: ModelConfig, cache: Cache | None) -> tuple[Array, PyTree, Cache | None]:
+def _side(
+    batch: Batch, cfg: ModelConfig, cache: Cache | None
+) -> tuple[Array, PyTree, Cache | None]:
     """Positions [B or 1, L], what travels beside x into every block, and the cache with this
     call's segments and positions written into it."""
     B, L = batch.tokens.shape

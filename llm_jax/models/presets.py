@@ -44,8 +44,12 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
     "gpt2-medium": lambda: gpt2(n_layers=24, n_heads=16, d_model=1024),
     "gpt2-large": lambda: gpt2(n_layers=36, n_heads=20, d_model=1280),
     "gpt2-xl": lambda: gpt2(n_layers=48, n_heads=25, d_model=1600),
-    "llama2-7b": lambda: llama(vocab_size=32_000, n_layers=32, n_heads=32, d_model=4096, d_ff=11_008),
-    "llama2-13b": lambda: llama(vocab_size=32_000, n_layers=40, n_heads=40, d_model=5120, d_ff=13_824),
+    "llama2-7b": lambda: llama(
+        vocab_size=32_000, n_layers=32, n_heads=32, d_model=4096, d_ff=11_008
+    ),
+    "llama2-13b": lambda: llama(
+        vocab_size=32_000, n_layers=40, n_heads=40, d_model=5120, d_ff=13_824
+    ),
     # The shape of Llama 3.2 1B at its pretraining context (no rope scaling).
     "llama3.2-1b": lambda: llama(
         vocab_size=128_256,

@@ -63,12 +63,17 @@ def visible(mask: Mask, shape: Shape, q_slot_L: Array, k_slot_S: Array) -> Array
     return ok
 
 
-def reference(q_BxLxHxDh: Array, k_BxSxKxDh: Array, v_BxSxKxDh: Array, mask: Mask, shape: Shape) -> Array:
+def reference(
+    q_BxLxHxDh: Array, k_BxSxKxDh: Array, v_BxSxKxDh: Array, mask: Mask, shape: Shape
+) -> Array:
     """Plain softmax attention, differentiated by JAX: what the fast paths are tested against."""
     B, L, H, Dh = q_BxLxHxDh.shape
     S, K = k_BxSxKxDh.shape[1:3]
     q = q_BxLxHxDh.reshape(B, L, K, H // K, Dh)
-    s = jnp.einsum("blkgd,bskd->bkgls", q, k_BxSxKxDh, preferred_element_type=jnp.float32) * shape.scale
+    s = (
+        jnp.einsum("blkgd,bskd->bkgls", q, k_BxSxKxDh, preferred_element_type=jnp.float32)
+        * shape.scale
+    )
     if shape.softcap:
         s = shape.softcap * jnp.tanh(s / shape.softcap)
     ok = visible(mask, shape, mask.start + jnp.arange(L), jnp.arange(S))
@@ -91,7 +96,9 @@ def reference(q_BxLxHxDh: Array, k_BxSxKxDh: Array, v_BxSxKxDh: Array, mask: Mas
 def _scores(q: Array, k: Array, shape: Shape) -> Array:
     """Capped float32 scores [B, K, G, L, S]."""
     B, K, G, L, Dh = q.shape
-    s = jnp.einsum("bkqd,bksd->bkqs", q.reshape(B, K, G * L, Dh), k, preferred_element_type=jnp.float32)
+    s = jnp.einsum(
+        "bkqd,bksd->bkqs", q.reshape(B, K, G * L, Dh), k, preferred_element_type=jnp.float32
+    )
     s = s.reshape(B, K, G, L, k.shape[2]) * shape.scale
     return shape.softcap * jnp.tanh(s / shape.softcap) if shape.softcap else s
 
@@ -99,17 +106,30 @@ def _scores(q: Array, k: Array, shape: Shape) -> Array:
 def _weighted(p: Array, v: Array) -> Array:
     """p [B, K, G, L, S] @ v [B, K, S, Dh] -> float32 [B, K, G, L, Dh]."""
     B, K, G, L, S = p.shape
-    o = jnp.einsum("bkqs,bksd->bkqd", p.reshape(B, K, G * L, S), v, preferred_element_type=jnp.float32)
+    o = jnp.einsum(
+        "bkqs,bksd->bkqd", p.reshape(B, K, G * L, S), v, preferred_element_type=jnp.float32
+    )
     return o.reshape(B, K, G, L, -1)
 
 
-def _gradients(p: Array, s: Array | None, ok: Array | None, q: Array, k: Array, v: Array, do: Array,
-               inner: Array, shape: Shape) -> tuple[Array, Array, Array]:
+def _gradients(
+    p: Array,
+    s: Array | None,
+    ok: Array | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    do: Array,
+    inner: Array,
+    shape: Shape,
+) -> tuple[Array, Array, Array]:
     """float32 (dq, dk, dv) of a block from its probabilities; `inner` is sum(do * o) per query."""
     B, K, G, L, S = p.shape
     rows = (B, K, G * L)
     flat_q, flat_do = q.reshape(*rows, -1), do.reshape(*rows, -1)
-    dv = jnp.einsum("bkqs,bkqd->bksd", p.reshape(*rows, S), flat_do, preferred_element_type=jnp.float32)
+    dv = jnp.einsum(
+        "bkqs,bkqd->bksd", p.reshape(*rows, S), flat_do, preferred_element_type=jnp.float32
+    )
     dp = jnp.einsum("bkqd,bksd->bkqs", flat_do, v, preferred_element_type=jnp.float32)
     ds = p.astype(jnp.float32) * (dp.reshape(p.shape) - inner)
     if shape.softcap:
@@ -159,7 +179,9 @@ def _whole_forward(q: Array, k: Array, v: Array, mask: Mask, shape: Shape) -> tu
 
 
 def _whole_backward(q, k, v, mask, do, inner, p, shape) -> tuple[Array, Array, Array]:
-    s, ok = (_scores(q, k, shape), _whole_visible(q, k, mask, shape)) if shape.softcap else (None, None)
+    s, ok = (
+        (_scores(q, k, shape), _whole_visible(q, k, mask, shape)) if shape.softcap else (None, None)
+    )
     return _gradients(p, s, ok, q, k, v, do, inner, shape)
 
 
@@ -193,7 +215,9 @@ def _cut(q: Array, k: Array, v: Array, mask: Mask, shape: Shape) -> _Blocks:
     def pad(x: Array, axis: int, to: int) -> Array:
         return jnp.pad(x, [(0, to - x.shape[a] if a == axis else 0) for a in range(x.ndim)])
 
-    sides = [None if x is None else (pad(x[0], 1, n * size), pad(x[1], 1, m * size)) for x in mask[:2]]
+    sides = [
+        None if x is None else (pad(x[0], 1, n * size), pad(x[1], 1, m * size)) for x in mask[:2]
+    ]
     pairs = [(i, j) for i in range(n) for j in range(m)]
     if isinstance(mask.start, int):  # otherwise unknown before it runs
         first = lambda i: mask.start + i * size  # noqa: E731
@@ -264,10 +288,18 @@ def xla(q_BxLxHxDh: Array, k_BxSxKxDh: Array, v_BxSxKxDh: Array, mask: Mask, sha
 def cudnn(q: Array, k: Array, v: Array, mask: Mask, shape: Shape) -> Array:
     """cuDNN's fused attention (NVIDIA GPUs); same arguments and result as `reference`."""
     if reason := cudnn_refuses(q, mask, shape):
-        raise ValueError(f"model.attention=cudnn is not available: {reason}; use model.attention=auto")
+        raise ValueError(
+            f"model.attention=cudnn is not available: {reason}; use model.attention=auto"
+        )
     window = (shape.window - 1, 0) if shape.window else None
     return jax.nn.dot_product_attention(
-        q, k, v, scale=shape.scale, is_causal=shape.causal, local_window_size=window, implementation="cudnn"
+        q,
+        k,
+        v,
+        scale=shape.scale,
+        is_causal=shape.causal,
+        local_window_size=window,
+        implementation="cudnn",
     )
 
 
@@ -296,7 +328,9 @@ def attention(q: Array, k: Array, v: Array, mask: Mask, shape: Shape, implementa
     """
     if implementation == "auto":
         implementation = "xla" if cudnn_refuses(q, mask, shape) else "cudnn"
-    return {"xla": xla, "cudnn": cudnn, "reference": reference}[implementation](q, k, v, mask, shape)
+    return {"xla": xla, "cudnn": cudnn, "reference": reference}[implementation](
+        q, k, v, mask, shape
+    )
 
 
 # The layer -----------------------------------------------------------------------------------
@@ -317,7 +351,9 @@ def specs(cfg: ModelConfig, out_std: float) -> PyTree:
     return tree
 
 
-def layer(p: PyTree, x_BxLxD: Array, side: PyTree, cache: PyTree | None, i: Array, cfg: ModelConfig):
+def layer(
+    p: PyTree, x_BxLxD: Array, side: PyTree, cache: PyTree | None, i: Array, cfg: ModelConfig
+):
     """Self-attention of layer `i`: (x [B, L, D], cache layers) -> the same.
 
     `side` holds the rotary table, and segments and positions of queries and keys; `cache` the

@@ -34,7 +34,9 @@ class Shape(NamedTuple):
 
 def logits(table_VxD: Array, x: Array, *, vocab_size: int, softcap: float) -> Array:
     """float32 [..., vocab_size] logits; for decoding and for tests."""
-    z = jnp.einsum("...d,vd->...v", x, table_VxD.astype(x.dtype), preferred_element_type=jnp.float32)
+    z = jnp.einsum(
+        "...d,vd->...v", x, table_VxD.astype(x.dtype), preferred_element_type=jnp.float32
+    )
     if softcap:
         z = softcap * jnp.tanh(z / softcap)
     return z[..., :vocab_size]
@@ -61,13 +63,19 @@ def token_scores(
     if mesh is None:
         shape = Shape(vocab_size, softcap, chunk, want)
     else:
-        rows = tuple(a for a in sharding.RULES["batch"] + sharding.RULES["length"] if mesh.shape[a] > 1)
+        rows = tuple(
+            a for a in sharding.RULES["batch"] + sharding.RULES["length"] if mesh.shape[a] > 1
+        )
         tensor = "tensor" if mesh.shape["tensor"] > 1 else None
         shape = Shape(vocab_size, softcap, chunk, want, tensor, rows)
         # Gathered over fsdp here, so that each chunk finds the embed axis whole.
         table_VxD = sharding.constrain(table_VxD, "vocab", None)
         x_BxLxD = sharding.constrain(x_BxLxD, "batch", "length", None)
-    return dict(zip(want, _scores(table_VxD.astype(x_BxLxD.dtype), x_BxLxD, targets_BxL, shape), strict=True))
+    return dict(
+        zip(
+            want, _scores(table_VxD.astype(x_BxLxD.dtype), x_BxLxD, targets_BxL, shape), strict=True
+        )
+    )
 
 
 def _over_mesh(f, inputs: tuple, outputs: tuple):
@@ -76,9 +84,17 @@ def _over_mesh(f, inputs: tuple, outputs: tuple):
     if mesh is None:
         return f
     spec = partial(jax.tree.map, lambda axes: sharding.partition_spec(axes, mesh))
-    is_axes = {"is_leaf": lambda a: isinstance(a, tuple) and all(x is None or isinstance(x, str) for x in a)}
+    is_axes = {
+        "is_leaf": lambda a: (
+            isinstance(a, tuple) and all(x is None or isinstance(x, str) for x in a)
+        )
+    }
     return jax.shard_map(
-        f, mesh=mesh, in_specs=spec(inputs, **is_axes), out_specs=spec(outputs, **is_axes), check_vma=False
+        f,
+        mesh=mesh,
+        in_specs=spec(inputs, **is_axes),
+        out_specs=spec(outputs, **is_axes),
+        check_vma=False,
     )
 
 
@@ -88,7 +104,9 @@ TABLE, ROWS, TOKENS = ("vocab", None), ("batch", "length", None), ("batch", "len
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _scores(table: Array, x: Array, targets: Array, shape: Shape) -> tuple[Array, ...]:
     forward = lambda *args: _forward(*args, shape=shape, keep=False)[0]  # noqa: E731
-    return _over_mesh(forward, (TABLE, ROWS, TOKENS), (TOKENS,) * len(shape.want))(table, x, targets)
+    return _over_mesh(forward, (TABLE, ROWS, TOKENS), (TOKENS,) * len(shape.want))(
+        table, x, targets
+    )
 
 
 def _scores_forward(table: Array, x: Array, targets: Array, shape: Shape) -> tuple:
@@ -104,7 +122,9 @@ def _scores_backward(shape: Shape, saved: tuple, grads: tuple[Array, ...]) -> tu
     table, x, targets, residuals = saved
     axes = (TOKENS, TOKENS, ("batch", "length", "vocab") if residuals[2] is not None else None)
     run = _over_mesh(
-        partial(_backward, shape=shape), (TABLE, ROWS, TOKENS, axes, (TOKENS,) * len(grads)), (TABLE, ROWS)
+        partial(_backward, shape=shape),
+        (TABLE, ROWS, TOKENS, axes, (TOKENS,) * len(grads)),
+        (TABLE, ROWS),
     )
     d_table, d_x = run(table, x, targets, residuals, tuple(grads))
     return d_table.astype(table.dtype), d_x, None
@@ -178,7 +198,11 @@ def _forward(table: Array, x_BxLxD: Array, targets_BxL: Array, *, shape: Shape, 
         e = jnp.exp(z - top[:, None])
         log_z = top + jnp.log(_reduce(jnp.sum(e, axis=1), shape))
         at_target = _target_logit(z, targets, columns, shape)
-        out = {"log_probs": at_target - log_z, "log_z": log_z, "correct": (at_target >= top).astype(jnp.float32)}
+        out = {
+            "log_probs": at_target - log_z,
+            "log_z": log_z,
+            "correct": (at_target >= top).astype(jnp.float32),
+        }
         if "entropy" in shape.want:
             p = jnp.exp(z - log_z[:, None])
             out["entropy"] = log_z - _reduce(jnp.sum(p * jnp.where(p > 0, z, 0.0), axis=1), shape)
@@ -199,7 +223,15 @@ def _forward(table: Array, x_BxLxD: Array, targets_BxL: Array, *, shape: Shape, 
     return tuple(rows(a) for a in out), (rows(log_z), rows(entropy), z)
 
 
-def _backward(table: Array, x_BxLxD: Array, targets_BxL: Array, residuals: tuple, grads: tuple, *, shape: Shape):
+def _backward(
+    table: Array,
+    x_BxLxD: Array,
+    targets_BxL: Array,
+    residuals: tuple,
+    grads: tuple,
+    *,
+    shape: Shape,
+):
     B, L, D = x_BxLxD.shape
     V = table.shape[0]
     N = B * L
@@ -217,11 +249,16 @@ def _backward(table: Array, x_BxLxD: Array, targets_BxL: Array, residuals: tuple
         dz = p * (g.get("log_z", zero) - g_target - g_mean)[:, None]
         dz = dz + jnp.where(columns == targets[:, None], g_target[:, None], 0.0)
         if "entropy" in g:
-            dz = dz - p * jnp.where(p > 0, z - (log_z - entropy)[:, None], 0.0) * g["entropy"][:, None]
+            dz = (
+                dz
+                - p * jnp.where(p > 0, z - (log_z - entropy)[:, None], 0.0) * g["entropy"][:, None]
+            )
         if "mean_log_probs" in g:
             dz = dz + jnp.where(columns < shape.vocab_size, g_mean[:, None] / shape.vocab_size, 0.0)
         if shape.softcap:
-            dz = dz * (1.0 - jnp.square(jnp.where(columns < shape.vocab_size, z, 0.0) / shape.softcap))
+            dz = dz * (
+                1.0 - jnp.square(jnp.where(columns < shape.vocab_size, z, 0.0) / shape.softcap)
+            )
         dz = dz.astype(x.dtype)
         d_table = jnp.einsum("nv,nd->vd", dz, x, preferred_element_type=jnp.float32)
         d_x = jnp.einsum("nv,vd->nd", dz, table, preferred_element_type=jnp.float32)

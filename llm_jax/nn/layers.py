@@ -49,7 +49,7 @@ def embed(table_VxD: Array, ids_BxL: Array) -> Array:
 
 
 def norm_specs(cfg: ModelConfig, width: int) -> PyTree:
-    """"scale" (and "bias") [width]."""
+    """ "scale" (and "bias") [width]."""
     specs = {"scale": ParamSpec((width,), (None,), Constant(1.0))}
     if cfg.norm == "layernorm" and cfg.norm_bias:
         specs["bias"] = ParamSpec((width,), (None,), Constant(0.0))
@@ -70,7 +70,7 @@ def norm(p: PyTree, x: Array, cfg: ModelConfig) -> Array:
 
 
 def mlp_specs(cfg: ModelConfig, out_std: float) -> PyTree:
-    """"up" and "down", and "gate" for gated activations."""
+    """ "up" and "down", and "gate" for gated activations."""
     D, F = cfg.d_model, cfg.d_ff
     specs = {
         "up": dense_specs(D, F, ("embed", "mlp"), cfg.init_std, cfg.mlp_bias),

@@ -136,7 +136,9 @@ def select(paths: Sequence[str], rules: Sequence[tuple[str, Any]], key: str) -> 
                 if not found:
                     out[path], found = value, True
         if not found:
-            raise ValueError(f"{key} covers no rule for the parameter {path!r}; add ('.*', False) at its end")
+            raise ValueError(
+                f"{key} covers no rule for the parameter {path!r}; add ('.*', False) at its end"
+            )
     for n, (pattern, _) in enumerate(rules):
         if n not in hits:
             raise ValueError(

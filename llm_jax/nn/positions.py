@@ -43,7 +43,9 @@ def rope_frequencies(cfg: ModelConfig) -> tuple[np.ndarray, float]:
 def rope_table(positions_BxL: Array, cfg: ModelConfig) -> tuple[Array, Array]:
     """cos and sin, float32 [B, L, n], of n rotated pairs."""
     frequencies, scale = rope_frequencies(cfg)
-    angles = positions_BxL.astype(jnp.float32)[:, :, None] * frequencies.astype(np.float32)[None, None]
+    angles = (
+        positions_BxL.astype(jnp.float32)[:, :, None] * frequencies.astype(np.float32)[None, None]
+    )
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 

@@ -48,7 +48,10 @@ def stack(
             return (x, cache, penalty + more), None
 
         (x_BxLxD, cache, penalty_B), _ = jax.lax.scan(
-            body, (x_BxLxD, cache, penalty_B), (params, jnp.arange(n_layers)), unroll=cfg.scan_unroll
+            body,
+            (x_BxLxD, cache, penalty_B),
+            (params, jnp.arange(n_layers)),
+            unroll=cfg.scan_unroll,
         )
         return x_BxLxD, cache, penalty_B
 

@@ -72,7 +72,9 @@ class Checkpoints:
             ),
         )
 
-    def save(self, state: TrainState, step: int, eval_loss: float | None, *, wait: bool = False) -> None:
+    def save(
+        self, state: TrainState, step: int, eval_loss: float | None, *, wait: bool = False
+    ) -> None:
         """Saves the state of `step`; returns before it is on disk unless `wait`.
 
         Raises:
@@ -105,10 +107,17 @@ class Checkpoints:
 
     def _check_space(self, state: TrainState) -> None:
         # A write that fails half-way leaves pages of Orbax's and tensorstore's tracebacks.
-        need = sum(s.data.nbytes for x in jax.tree.leaves(state) for s in x.addressable_shards if s.replica_id == 0)
+        need = sum(
+            s.data.nbytes
+            for x in jax.tree.leaves(state)
+            for s in x.addressable_shards
+            if s.replica_id == 0
+        )
         free = shutil.disk_usage(self.directory).free
         if need > free:
-            raise OSError(f"No space left on device ({need / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free)")
+            raise OSError(
+                f"No space left on device ({need / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free)"
+            )
 
     def latest(self) -> int | None:
         """The last whole checkpoint's step, or None."""
@@ -176,7 +185,11 @@ class _SaveErrors:
             return False
         directory = self.checkpoints.directory
         whole = sorted(_steps(directory))
-        safe = f"the last whole checkpoint is step {whole[-1]}" if whole else "there is no whole checkpoint yet"
+        safe = (
+            f"the last whole checkpoint is step {whole[-1]}"
+            if whole
+            else "there is no whole checkpoint yet"
+        )
         raise OSError(
             f"cannot write a checkpoint to {directory}: {_first_line(error)}; {safe}; free space or move "
             "--workdir, then run the same command again to go on from there"
@@ -191,7 +204,12 @@ def _short(value: Any) -> str:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     # tensorstore's messages carry the operating system's reason at their end.
-    for reason in ("Permission denied", "File too large", "Read-only file system", "Disk quota exceeded"):
+    for reason in (
+        "Permission denied",
+        "File too large",
+        "Read-only file system",
+        "Disk quota exceeded",
+    ):
         if reason in text:
             return reason
     return (text.splitlines() or [type(error).__name__])[0][:200]

@@ -15,7 +15,17 @@ import jax
 from llm_jax import config as configs
 from llm_jax.config import TrainConfig
 
-PACKAGES = ("llm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
+PACKAGES = (
+    "llm_jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+    "sentencepiece",
+)
 
 
 def unused_accelerator() -> str:
@@ -83,7 +93,7 @@ def write(workdir: Path, cfg: TrainConfig, tokenizer_hash: str, data: dict) -> N
 
 
 def config_changes(old: TrainConfig, new: TrainConfig, prefix: str = "") -> list[str]:
-    """"key=new (was old)" of each key that differs."""
+    """ "key=new (was old)" of each key that differs."""
     out = []
     for f in dataclasses.fields(old):
         a, b = getattr(old, f.name), getattr(new, f.name)
@@ -101,6 +111,8 @@ def _revision() -> str | None:
         run = lambda *a: subprocess.run(  # noqa: E731
             ["git", "-C", str(root), *a], capture_output=True, text=True, timeout=10, check=True
         ).stdout.strip()
-        return run("rev-parse", "HEAD") + ("+changes" if run("status", "--porcelain", "-uno") else "")
+        return run("rev-parse", "HEAD") + (
+            "+changes" if run("status", "--porcelain", "-uno") else ""
+        )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -84,7 +84,10 @@ def train(
     configs.validate(cfg)
     corpus = prepare_corpus(cfg.data, cfg.tokenizer, str(workdir), writer=jax.process_index() == 0)
     configs.resolve_model(
-        cfg.model, vocab_size=corpus.tokenizer.vocab_size, length=cfg.length, backend=jax.default_backend()
+        cfg.model,
+        vocab_size=corpus.tokenizer.vocab_size,
+        length=cfg.length,
+        backend=jax.default_backend(),
     )
     if cfg.model.vocab_size < corpus.tokenizer.vocab_size:
         raise ValueError(
@@ -106,7 +109,9 @@ def train(
 class _Run:
     """One process's share of a run: the pieces that the loop needs at hand."""
 
-    def __init__(self, cfg: TrainConfig, workdir: Path, corpus: Corpus, program: Program, peak: float):
+    def __init__(
+        self, cfg: TrainConfig, workdir: Path, corpus: Corpus, program: Program, peak: float
+    ):
         self.cfg, self.workdir, self.corpus, self.program = cfg, workdir, corpus, program
         self.peak = peak
         self.main = jax.process_index() == 0
@@ -147,12 +152,15 @@ class _Run:
         rows = {
             "parameters": count(self.program.specs),
             "parameters without embeddings": count(self.program.specs, embeddings=False),
-            "mesh": " ".join(f"{a}={n}" for a, n in self.program.mesh.shape.items() if n > 1) or "one device",
+            "mesh": " ".join(f"{a}={n}" for a, n in self.program.mesh.shape.items() if n > 1)
+            or "one device",
             "compute type": m.dtype,
             "tokens a step": self.tokens_per_step,
             "tokens in all": self.tokens_per_step * cfg.steps,
             "training tokens in the data": sum(s.tokens.total for s in self.corpus.train),
-            "held-out tokens": 0 if self.corpus.evaluation is None else self.corpus.evaluation.total,
+            "held-out tokens": 0
+            if self.corpus.evaluation is None
+            else self.corpus.evaluation.total,
             "training FLOPs": self.flops_per_token * self.tokens_per_step * cfg.steps,
         }
         for name, value in rows.items():
@@ -166,7 +174,9 @@ class _Run:
         key = jax.random.key(cfg.seed)
         latest = checkpoints.latest()
         if latest is not None:
-            for line in environment.config_changes(checkpoint.load_config(checkpoints.directory), cfg):
+            for line in environment.config_changes(
+                checkpoint.load_config(checkpoints.directory), cfg
+            ):
                 self._say(f"note: this run goes on with {line}")
             self._say(f"resuming from step {latest} in {checkpoints.directory}")
             return checkpoints.restore(abstract_state(self.program), latest)
@@ -213,7 +223,9 @@ class _Run:
                 batch = put(next(batches), program.mesh, cfg.accumulation)
                 state, metrics = program.step(state, batch)
                 if pending is not None:
-                    self._record(*pending)  # of the step before: the device never waits for the host
+                    self._record(
+                        *pending
+                    )  # of the step before: the device never waits for the host
                 pending = (step, metrics)
                 last = step == cfg.steps or stop.asked
                 evaluates = self.eval_batches is not None and (
@@ -231,7 +243,10 @@ class _Run:
                         self._sample(state, step)
                     if saves:
                         checkpoints.save(
-                            state, step, evaluated.get("eval_loss") if evaluates else None, wait=last
+                            state,
+                            step,
+                            evaluated.get("eval_loss") if evaluates else None,
+                            wait=last,
                         )
                         saved = step
                     self.speed.pause()
@@ -239,7 +254,9 @@ class _Run:
                     break
         except NonFiniteError as e:
             checkpoints.save(self._good(state), int(state.step), None, wait=True)
-            raise ValueError(f"{e}; the last good state is saved in {checkpoints.directory}") from None
+            raise ValueError(
+                f"{e}; the last good state is saved in {checkpoints.directory}"
+            ) from None
         except BaseException:
             with contextlib.suppress(OSError):
                 checkpoints.close()  # what is being written in the background is finished
@@ -263,7 +280,9 @@ class _Run:
         self.speed.step(steps)
         return self.speed.read()
 
-    def _record(self, step: int, metrics: dict, extra: dict | None = None, rate: float | None = None):
+    def _record(
+        self, step: int, metrics: dict, extra: dict | None = None, rate: float | None = None
+    ):
         """Reads a finished step's numbers; writes a line where one is due."""
         values = jax.device_get(metrics)
         squares, bad = values.pop("grad_squares"), int(values.pop("bad_steps"))
@@ -286,11 +305,15 @@ class _Run:
             line = {
                 "step": step,
                 "loss": values.pop("loss"),
-                "lr": float(self.program.schedule(step - 1)),
+                "lr": values.pop("lr"),
                 "grad_norm": values.pop("grad_norm"),
                 **self.last,
                 "spike": spike,
-                **{k: v for k, v in values.items() if k != "nll" or self.cfg.z_loss or self.cfg.label_smoothing},
+                **{
+                    k: v
+                    for k, v in values.items()
+                    if k != "nll" or self.cfg.z_loss or self.cfg.label_smoothing
+                },
                 **({"bad_steps": bad} if bad else {}),
                 **(extra or {}),
             }
@@ -301,7 +324,9 @@ class _Run:
             if extra:
                 self.progress.say(
                     f"step {step}: "
-                    + "  ".join(f"{k} {extra[k]:.4f}" for k in ("eval_loss", "bits_per_byte") if k in extra)
+                    + "  ".join(
+                        f"{k} {extra[k]:.4f}" for k in ("eval_loss", "bits_per_byte") if k in extra
+                    )
                 )
         self.progress.update(step, self._fields)
 
@@ -317,7 +342,11 @@ class _Run:
     def _bad_step(self, step: int, bad: int, loss: float, squares: np.ndarray) -> None:
         names = list(flatten(self.program.shardings.params))
         where = [n for n, s in zip(names, squares, strict=True) if not np.isfinite(s)]
-        what = f"loss {loss}" if not np.isfinite(loss) else f"gradient of {where[0] if where else 'the sum'}"
+        what = (
+            f"loss {loss}"
+            if not np.isfinite(loss)
+            else f"gradient of {where[0] if where else 'the sum'}"
+        )
         self.progress.say(f"step {step} is skipped: non-finite {what} ({bad} in a row)")
         if bad >= self.cfg.optimizer.max_bad_steps:
             raise NonFiniteError(
@@ -403,4 +432,3 @@ class _StopSignals:
     def restore(self) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
-

@@ -139,7 +139,10 @@ class MetricsLog:
         """Writes one line; `values` has "step" first."""
         if self._file is None:
             return
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        clean = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in values.items()
+        }
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
         if self._events is not None:

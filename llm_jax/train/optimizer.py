@@ -67,22 +67,27 @@ def decay_mask(specs: PyTree, cfg: OptimizerConfig) -> PyTree:
     return unflatten(select(list(flat), cfg.decay_rules, "optimizer.decay_rules"))
 
 
-def make_optimizer(
-    cfg: OptimizerConfig, steps: int, specs: PyTree
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimizer for the trainable `specs`, and its schedule. Clipping is the step's."""
+def make_optimizer(cfg: OptimizerConfig, steps: int, specs: PyTree) -> optax.GradientTransformation:
+    """The optimizer for the trainable `specs`. Clipping is the step's."""
     schedule = make_schedule(cfg, steps)
     mask = decay_mask(specs, cfg)
     match cfg.name:
         case "adamw":
             optimizer = optax.adamw(
-                schedule, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay, mask=mask
+                schedule,
+                b1=cfg.b1,
+                b2=cfg.b2,
+                eps=cfg.eps,
+                weight_decay=cfg.weight_decay,
+                mask=mask,
             )
         case "adafactor":
             optimizer = optax.adafactor(
                 schedule,
                 # optax adds decay after the learning rate; multiply it in, as AdamW does.
-                weight_decay_rate=(lambda n: schedule(n) * cfg.weight_decay) if cfg.weight_decay else None,
+                weight_decay_rate=(lambda n: schedule(n) * cfg.weight_decay)
+                if cfg.weight_decay
+                else None,
                 weight_decay_mask=mask,
             )
         case "muon":
@@ -97,8 +102,10 @@ def make_optimizer(
                 consistent_rms=0.2,
             )
         case other:
-            raise ValueError(f"optimizer.name={other!r} is unknown; there are adamw, adafactor, muon")
-    return optimizer, schedule
+            raise ValueError(
+                f"optimizer.name={other!r} is unknown; there are adamw, adafactor, muon"
+            )
+    return optimizer
 
 
 def _muon_axes(spec: ParamSpec) -> optax.contrib.MuonDimensionNumbers | None:
@@ -137,7 +144,9 @@ def state_shardings(
         gone = {"v_row": first, "v_col": second}.get(field)
         kept = [n for n in range(len(spec.shape)) if n != gone]
         if leaf.shape != tuple(spec.shape[n] for n in kept):
-            raise ValueError(f"no sharding for the optimizer state {jax.tree_util.keystr(path)} {leaf.shape}")
+            raise ValueError(
+                f"no sharding for the optimizer state {jax.tree_util.keystr(path)} {leaf.shape}"
+            )
         return sharding.named([spec.axes[n] for n in kept], mesh)
 
     return jax.tree_util.tree_map_with_path(one, state)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llm_jax import models, sharding
@@ -25,13 +24,14 @@ class Program(NamedTuple):
 
     mesh: Mesh
     specs: PyTree
-    schedule: optax.Schedule
     shardings: TrainState  # a NamedSharding for each leaf of the state
     init: Callable[[Array], TrainState]  # key -> state, born sharded
     start: Callable[[PyTree, Array], TrainState]  # (whole parameter tree, key) -> state
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]  # donates the state
     evaluate: Callable[[PyTree, Batch], dict[str, Mean]]  # whole parameter tree, batch [B, ...]
-    params: Callable[[TrainState], PyTree]  # the whole tree to evaluate with: the EMA if there is one
+    params: Callable[
+        [TrainState], PyTree
+    ]  # the whole tree to evaluate with: the EMA if there is one
 
 
 def make_loss_fn(cfg: TrainConfig) -> LossFn:
@@ -55,7 +55,7 @@ def build(cfg: TrainConfig, mesh: Mesh, loss_fn: LossFn | None = None) -> Progra
     model = models.family(cfg.model.family)
     specs = model.specs(cfg.model)
     trainable, frozen = partition(specs, cfg.optimizer)
-    optimizer, schedule = make_optimizer(cfg.optimizer, cfg.steps, trainable)
+    optimizer = make_optimizer(cfg.optimizer, cfg.steps, trainable)
     loss_fn = loss_fn or make_loss_fn(cfg)
     replicated = NamedSharding(mesh, PartitionSpec())
 
@@ -93,7 +93,6 @@ def build(cfg: TrainConfig, mesh: Mesh, loss_fn: LossFn | None = None) -> Progra
     return Program(
         mesh=mesh,
         specs=specs,
-        schedule=schedule,
         shardings=shardings,
         init=jax.jit(init, out_shardings=shardings),
         start=jax.jit(start, out_shardings=shardings),
@@ -149,7 +148,9 @@ def abstract_batch(cfg: TrainConfig, mesh: Mesh) -> Batch:
     )
 
 
-def lower(cfg: TrainConfig, mesh: jax.sharding.AbstractMesh, platform: str = "tpu") -> jax.stages.Lowered:
+def lower(
+    cfg: TrainConfig, mesh: jax.sharding.AbstractMesh, platform: str = "tpu"
+) -> jax.stages.Lowered:
     """Lowers the train step of a frozen config for a mesh that need not exist."""
     with jax.sharding.use_abstract_mesh(mesh):
         program = build(cfg, mesh)

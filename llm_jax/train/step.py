@@ -9,7 +9,7 @@ import optax
 
 from llm_jax.config import TrainConfig
 from llm_jax.nn.params import flatten
-from llm_jax.train.optimizer import merge
+from llm_jax.train.optimizer import make_schedule, merge
 from llm_jax.types import Array, Batch, Loss, Mean, PyTree, TrainState
 
 LossFn = Callable[[PyTree, Batch, PyTree, Array | None], tuple[Loss, PyTree]]
@@ -38,6 +38,7 @@ def make_train_step(
     those of `flatten(params)` in order: they say where a non-finite gradient came from.
     """
     opt = cfg.optimizer
+    schedule = make_schedule(opt, cfg.steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         k, rows = batch.tokens.shape[:2]
@@ -70,7 +71,9 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:
-            ema = jax.tree.map(lambda e, p: opt.ema_decay * e + (1 - opt.ema_decay) * p, ema, params)
+            ema = jax.tree.map(
+                lambda e, p: opt.ema_decay * e + (1 - opt.ema_decay) * p, ema, params
+            )
 
         def keep(new, old):
             return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
@@ -87,6 +90,7 @@ def make_train_step(
         metrics = {name: mean.value() for name, mean in means.items()}
         metrics |= {
             "loss": value,
+            "lr": schedule(state.step),
             "grad_norm": norm,
             "grad_squares": squares,
             "bad_steps": new.bad_steps,
@@ -102,7 +106,9 @@ def _accumulate(run, state: TrainState, batch: Batch, keys: Array | None, k: int
     carry = micro_batches(state.carry, k)
     # Weights depend on the batch alone: XLA drops the model from this pass.
     weights = jax.lax.map(
-        lambda part: {n: t.weight for n, t in run(state.params, part[0], part[1], part[2])[0].terms.items()},
+        lambda part: {
+            n: t.weight for n, t in run(state.params, part[0], part[1], part[2])[0].terms.items()
+        },
         (batch, carry, keys),
     )
     weights = jax.tree.map(lambda w: jnp.sum(w, axis=0), weights)

@@ -26,7 +26,9 @@ def write(
     if not active:
         return {}
     metrics = report.read_metrics(workdir / "metrics.jsonl")
-    recent = [v for s, v in zip(metrics["step"], metrics["loss"], strict=True) if s > cfg.steps - 100]
+    recent = [
+        v for s, v in zip(metrics["step"], metrics["loss"], strict=True) if s > cfg.steps - 100
+    ]
     rates = metrics["tokens_per_second"][2:] or metrics["tokens_per_second"]
     result = {
         "name": cfg.name,
@@ -49,7 +51,9 @@ def write(
     return result
 
 
-def write_report(workdir: Path, cfg: TrainConfig, result: dict, metrics: dict[str, list], corpus: Any) -> Path:
+def write_report(
+    workdir: Path, cfg: TrainConfig, result: dict, metrics: dict[str, list], corpus: Any
+) -> Path:
     """report.md: the numbers, the curves, the samples, the data and the config."""
     steps = metrics["step"]
     smooth = max(len(steps) // 60, 1)
@@ -58,7 +62,9 @@ def write_report(workdir: Path, cfg: TrainConfig, result: dict, metrics: dict[st
         return report.Series(label, steps, metrics.get(key, [None] * len(steps)), **style)
 
     losses = [curve("loss", "training", smooth=smooth)]
-    held_out = [(s, v) for s, v in zip(steps, metrics.get("eval_loss", []), strict=False) if v is not None]
+    held_out = [
+        (s, v) for s, v in zip(steps, metrics.get("eval_loss", []), strict=False) if v is not None
+    ]
     if held_out:
         losses.append(report.Series("held out", *zip(*held_out, strict=True), style="points"))
     blocks: list[report.Block] = [
@@ -73,7 +79,11 @@ def write_report(workdir: Path, cfg: TrainConfig, result: dict, metrics: dict[st
                 curve("train_bits_per_byte", "training", smooth=smooth),
                 report.Series(
                     "held out",
-                    [s for s, v in zip(steps, metrics.get("bits_per_byte", []), strict=False) if v is not None],
+                    [
+                        s
+                        for s, v in zip(steps, metrics.get("bits_per_byte", []), strict=False)
+                        if v is not None
+                    ],
                     [v for v in metrics.get("bits_per_byte", []) if v is not None],
                     style="points",
                 ),
@@ -82,7 +92,9 @@ def write_report(workdir: Path, cfg: TrainConfig, result: dict, metrics: dict[st
             xlabel="step",
             ylabel="bits per UTF-8 byte",
         ),
-        report.Plot("learning_rate", [curve("lr", "learning rate")], title="Learning rate", xlabel="step"),
+        report.Plot(
+            "learning_rate", [curve("lr", "learning rate")], title="Learning rate", xlabel="step"
+        ),
         report.Plot(
             "grad_norm",
             [curve("grad_norm", "gradient norm", smooth=smooth)],
@@ -114,7 +126,10 @@ def write_report(workdir: Path, cfg: TrainConfig, result: dict, metrics: dict[st
     rows = [{"part": name, "documents": t.documents, "tokens": t.total} for name, t in parts]
     for row, (_, t) in zip(rows, parts, strict=True):
         if t.manifest is not None:
-            row |= {"bytes": t.manifest.bytes, "bytes per token": t.manifest.bytes / max(t.total, 1)}
+            row |= {
+                "bytes": t.manifest.bytes,
+                "bytes per token": t.manifest.bytes / max(t.total, 1),
+            }
     blocks += [
         report.Table(rows),
         report.Text("## Config"),

@@ -289,9 +289,13 @@ def test_random_windows_start_anywhere():
     batch = random.batch(7)
     np.testing.assert_array_equal(batch.targets[:, :-1], batch.tokens[:, 1:])
     assert batch.segments is None and (batch.weights == 1).all()
-    assert set(firsts.tolist()) == set(range(1, 400 - 32 + 1))  # every start that has all its targets
+    assert set(firsts.tolist()) == set(
+        range(1, 400 - 32 + 1)
+    )  # every start that has all its targets
     counts = np.bincount(firsts)[1:]
     assert counts.max() < 3 * counts.mean()  # 13 on average: drawn alike
-    assert_equal(random.batch(7), loader(text, packing="random", isolate_documents=False, steps=600).batch(7))
+    assert_equal(
+        random.batch(7), loader(text, packing="random", isolate_documents=False, steps=600).batch(7)
+    )
     with pytest.raises(ValueError, match=r"data.shuffle=True"):
         loader(text, packing="random", shuffle=False)

@@ -29,7 +29,9 @@ def model(tokenizer):
 
 @partial(jax.jit, static_argnames="cfg")
 def full_forward(params, tokens, segments, cfg):
-    return decoder.logits(params, decoder.hidden(params, Batch(tokens, segments, POSITIONS), cfg).x, cfg)
+    return decoder.logits(
+        params, decoder.hidden(params, Batch(tokens, segments, POSITIONS), cfg).x, cfg
+    )
 
 
 POSITIONS = np.arange(48, dtype=np.int32)[None]
@@ -57,7 +59,9 @@ def test_greedy_equals_full_forward_for_unequal_prompts(model, tokenizer):
     prompts = ["abc", "a much longer prompt than the first", ""]
     outs = generate(*model, tokenizer, prompts, max_new_tokens=6, temperature=0, stop_at_end=False)
     for prompt, out in zip(prompts, outs, strict=True):
-        ids = tokenizer.encode(prompt) or [tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id]
+        ids = tokenizer.encode(prompt) or [
+            tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+        ]
         want = slowly(*model, ids, 6)
         assert out.tokens == [t for t, _ in want]
         np.testing.assert_allclose(out.log_probs, [p for _, p in want], atol=1e-4)
@@ -65,16 +69,28 @@ def test_greedy_equals_full_forward_for_unequal_prompts(model, tokenizer):
 
 
 def test_repetition_penalty_sees_prompt_and_output(model, tokenizer):
-    out = generate(*model, tokenizer, ["abcabc"], max_new_tokens=6, temperature=0, repetition_penalty=5.0,
-                   stop_at_end=False)[0]
+    out = generate(
+        *model,
+        tokenizer,
+        ["abcabc"],
+        max_new_tokens=6,
+        temperature=0,
+        repetition_penalty=5.0,
+        stop_at_end=False,
+    )[0]
     assert out.tokens == [t for t, _ in slowly(*model, tokenizer.encode("abcabc"), 6, penalty=5.0)]
-    plain = generate(*model, tokenizer, ["abcabc"], max_new_tokens=6, temperature=0, stop_at_end=False)[0]
+    plain = generate(
+        *model, tokenizer, ["abcabc"], max_new_tokens=6, temperature=0, stop_at_end=False
+    )[0]
     assert out.tokens != plain.tokens
 
 
 def test_seed_reproduces_and_rows_are_independent(model, tokenizer):
     run = lambda prompts, seed: [  # noqa: E731
-        c.tokens for c in generate(*model, tokenizer, prompts, max_new_tokens=8, seed=seed, stop_at_end=False)
+        c.tokens
+        for c in generate(
+            *model, tokenizer, prompts, max_new_tokens=8, seed=seed, stop_at_end=False
+        )
     ]
     assert run(["x", "y"], 1) == run(["x", "y"], 1) != run(["x", "y"], 2)
     assert run(["x", "y"], 1)[0] == run(["x"], 1)[0]
@@ -83,10 +99,20 @@ def test_seed_reproduces_and_rows_are_independent(model, tokenizer):
 
 
 def test_end_token_and_stop_strings(model, tokenizer):
-    free = generate(*model, tokenizer, ["abc"], max_new_tokens=8, temperature=0, stop_at_end=False)[0]
+    free = generate(*model, tokenizer, ["abc"], max_new_tokens=8, temperature=0, stop_at_end=False)[
+        0
+    ]
     stop = tokenizer.decode(free.tokens[2:4])
     if "\ufffd" not in stop:
-        out = generate(*model, tokenizer, ["abc"], max_new_tokens=8, temperature=0, stop=[stop], stop_at_end=False)[0]
+        out = generate(
+            *model,
+            tokenizer,
+            ["abc"],
+            max_new_tokens=8,
+            temperature=0,
+            stop=[stop],
+            stop_at_end=False,
+        )[0]
         assert out.finish_reason == "stop" and out.text == free.text[: free.text.find(stop)]
         assert len(out.tokens) <= 4
     # Bias the end token to come first.
@@ -100,15 +126,27 @@ def test_end_token_and_stop_strings(model, tokenizer):
 
 
 def test_stop_string_across_tokens_is_cut_off(model, tokenizer):
-    outs = generate(*model, tokenizer, ["abc"] * 8, max_new_tokens=32, seed=3, top_k=4, stop_at_end=False)
+    outs = generate(
+        *model, tokenizer, ["abc"] * 8, max_new_tokens=32, seed=3, top_k=4, stop_at_end=False
+    )
     for i, free in enumerate(outs):
         printable = [n for n in range(1, 30) if all(32 <= t < 127 for t in free.tokens[n : n + 2])]
         if not printable:
             continue
         stop = bytes(free.tokens[printable[0] : printable[0] + 2]).decode()
-        out = generate(*model, tokenizer, ["abc"] * 8, max_new_tokens=32, seed=3, top_k=4, stop=[stop],
-                       stop_at_end=False)[i]
-        assert stop not in out.text and free.text.startswith(out.text) and out.finish_reason == "stop"
+        out = generate(
+            *model,
+            tokenizer,
+            ["abc"] * 8,
+            max_new_tokens=32,
+            seed=3,
+            top_k=4,
+            stop=[stop],
+            stop_at_end=False,
+        )[i]
+        assert (
+            stop not in out.text and free.text.startswith(out.text) and out.finish_reason == "stop"
+        )
         break
     else:
         pytest.fail("the model never printed two characters")

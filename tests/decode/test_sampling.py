@@ -51,7 +51,15 @@ def test_penalty_divides_positive_and_multiplies_negative():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": 1.0}, {"repetition_penalty": 0}]
+    "bad",
+    [
+        {"temperature": -1},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"min_p": 1.0},
+        {"repetition_penalty": 0},
+    ],
 )
 def test_bad_numbers_name_their_flag(bad):
     with pytest.raises(ValueError, match=f"--{next(iter(bad))}="):

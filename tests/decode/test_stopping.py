@@ -47,4 +47,6 @@ def test_equals_searching_the_text(strings, vocabulary, data):
         if want is None and any(s in text for s in strings):
             want = n
     assert stops_after(strings, [v.encode() for v in vocabulary], ids) == want
-    assert np.asarray(token_automaton(strings, [v.encode() for v in vocabulary])[0]).dtype == np.int32
+    assert (
+        np.asarray(token_automaton(strings, [v.encode() for v in vocabulary])[0]).dtype == np.int32
+    )

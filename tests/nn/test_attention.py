@@ -38,28 +38,40 @@ def test_xla_equals_reference_in_value_and_gradient(H, K, packed, shape, block):
     shape = A.Shape(**{"scale": 0.3, "block": block, **shape})
 
     def value(f):
-        return jax.jit(jax.value_and_grad(lambda q, k, v: jnp.sum(f(q, k, v, mask, shape) * weight), argnums=(0, 1, 2)))
+        return jax.jit(
+            jax.value_and_grad(
+                lambda q, k, v: jnp.sum(f(q, k, v, mask, shape) * weight), argnums=(0, 1, 2)
+            )
+        )
 
     (a, grads_a), (b, grads_b) = value(A.xla)(q, k, v), value(A.reference)(q, k, v)
     np.testing.assert_allclose(a, b, rtol=2e-6)
     for x, y in zip(grads_a, grads_b, strict=True):
         np.testing.assert_allclose(x, y, atol=3e-6)
-    np.testing.assert_allclose(A.xla(q, k, v, mask, shape), A.reference(q, k, v, mask, shape), atol=2e-6)
+    np.testing.assert_allclose(
+        A.xla(q, k, v, mask, shape), A.reference(q, k, v, mask, shape), atol=2e-6
+    )
 
 
 def matrix(mask, queries=4, keys=4, **shape):
     start = 0 if mask.start is None else mask.start
-    return A.visible(mask, A.Shape(**shape), start + jnp.arange(queries), jnp.arange(keys))[0].astype(int)
+    return A.visible(mask, A.Shape(**shape), start + jnp.arange(queries), jnp.arange(keys))[
+        0
+    ].astype(int)
 
 
 def test_masks_are_these_matrices():
-    np.testing.assert_array_equal(matrix(A.Mask()), [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]])
+    np.testing.assert_array_equal(
+        matrix(A.Mask()), [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    )
     np.testing.assert_array_equal(
         matrix(A.Mask(), window=2), [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
     )
     seg = jnp.array([[1, 1, 2, 0]])
     packed = A.Mask((seg, seg))
-    np.testing.assert_array_equal(matrix(packed), [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(
+        matrix(packed), [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+    )
     np.testing.assert_array_equal(
         matrix(packed, causal=False), [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
     )
@@ -78,7 +90,9 @@ def test_padding_gives_zero_and_no_gradient():
 
 def test_asked_for_but_not_available_is_an_error():
     q, k, v, _ = inputs()
-    with pytest.raises(ValueError, match=r"model.attention=cudnn is not available: the backend is cpu"):
+    with pytest.raises(
+        ValueError, match=r"model.attention=cudnn is not available: the backend is cpu"
+    ):
         A.attention(q, k, v, A.Mask(), A.Shape(), "cudnn")
 
 

@@ -34,18 +34,26 @@ def plain(table, x, targets, softcap):
 
 
 def weighted(scores):
-    return sum((n + 1) * jnp.sum(jnp.sin(jnp.arange(B * L).reshape(B, L) + n) * scores[name])
-               for n, name in enumerate(head.TERMS))
+    return sum(
+        (n + 1) * jnp.sum(jnp.sin(jnp.arange(B * L).reshape(B, L) + n) * scores[name])
+        for n, name in enumerate(head.TERMS)
+    )
 
 
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("chunk", [0, 7, 48], ids=["auto", "seven", "all"])
-@pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "tensor": 8}], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [None, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "tensor": 8}], ids=str
+)
 def test_scores_equal_plain_reference(softcap, chunk, mesh):
     table, x, targets = arrays()
 
     def fused(table, x):
-        return weighted(head.token_scores(table, x, targets, vocab_size=V, softcap=softcap, chunk=chunk, want=head.TERMS))
+        return weighted(
+            head.token_scores(
+                table, x, targets, vocab_size=V, softcap=softcap, chunk=chunk, want=head.TERMS
+            )
+        )
 
     def run(f):
         return jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(table, x)
@@ -55,7 +63,9 @@ def test_scores_equal_plain_reference(softcap, chunk, mesh):
     with jax.set_mesh(mesh):
         got = run(fused)
         forward = jax.jit(
-            lambda t, x: head.token_scores(t, x, targets, vocab_size=V, softcap=softcap, chunk=chunk, want=head.TERMS)
+            lambda t, x: head.token_scores(
+                t, x, targets, vocab_size=V, softcap=softcap, chunk=chunk, want=head.TERMS
+            )
         )
         values = forward(table, x)
     for name, value in plain(table, x, targets, softcap).items():
@@ -79,7 +89,9 @@ def test_no_array_of_tokens_by_vocabulary():
     targets = jax.ShapeDtypeStruct((8, n_tokens // 8), jnp.int32)
 
     def loss(table, x, targets, chunk):
-        return -jnp.sum(head.token_scores(table, x, targets, vocab_size=n_vocab, chunk=chunk)["log_probs"])
+        return -jnp.sum(
+            head.token_scores(table, x, targets, vocab_size=n_vocab, chunk=chunk)["log_probs"]
+        )
 
     def temporary(chunk):
         f = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=3)

@@ -15,7 +15,9 @@ def test_norms():
     p = {"scale": jnp.linspace(0.5, 2, 32), "bias": jnp.linspace(-1, 1, 32)}
     ln = ModelConfig(norm="layernorm", norm_bias=True)
     want = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-    np.testing.assert_allclose(layers.norm(p, x, ln), want * p["scale"][None, None] + p["bias"][None, None], atol=2e-6)
+    np.testing.assert_allclose(
+        layers.norm(p, x, ln), want * p["scale"][None, None] + p["bias"][None, None], atol=2e-6
+    )
     rms = layers.norm({"scale": p["scale"]}, x, ModelConfig(norm="rmsnorm"))
     want = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-5) * p["scale"][None, None]
     np.testing.assert_allclose(rms, want, atol=2e-6)
@@ -47,12 +49,18 @@ def test_rope_turns_and_keeps_relative_positions():
     x = jax.random.normal(jax.random.key(0), (1, 6, 1, 8))
     at = lambda start: positions.rope_table(jnp.arange(start, start + 6)[None], cfg)  # noqa: E731
     a, b = positions.rotate(x, at(0), cfg), positions.rotate(x, at(100), cfg)
-    np.testing.assert_allclose(jnp.einsum("blhd,bmhd->blm", a, a), jnp.einsum("blhd,bmhd->blm", b, b), atol=3e-5)
+    np.testing.assert_allclose(
+        jnp.einsum("blhd,bmhd->blm", a, a), jnp.einsum("blhd,bmhd->blm", b, b), atol=3e-5
+    )
     np.testing.assert_allclose(a[:, 0], x[:, 0], atol=1e-6)  # position 0 does not turn
     # Angle of the first pair is the position; the halves convention pairs (0, 4).
-    np.testing.assert_allclose(a[0, 1, 0, 0], x[0, 1, 0, 0] * np.cos(1) - x[0, 1, 0, 4] * np.sin(1), rtol=1e-5)
+    np.testing.assert_allclose(
+        a[0, 1, 0, 0], x[0, 1, 0, 0] * np.cos(1) - x[0, 1, 0, 4] * np.sin(1), rtol=1e-5
+    )
     inter = positions.rotate(x, at(0), tiny_model(n_heads=4, head_dim=8, rope_interleaved=True))
-    np.testing.assert_allclose(inter[0, 1, 0, 0], x[0, 1, 0, 0] * np.cos(1) - x[0, 1, 0, 1] * np.sin(1), rtol=1e-5)
+    np.testing.assert_allclose(
+        inter[0, 1, 0, 0], x[0, 1, 0, 0] * np.cos(1) - x[0, 1, 0, 1] * np.sin(1), rtol=1e-5
+    )
     half = tiny_model(head_dim=8, rope_fraction=0.5)
     part = positions.rotate(x, positions.rope_table(jnp.arange(6)[None], half), half)
     np.testing.assert_array_equal(part[..., 4:], x[..., 4:])
@@ -60,7 +68,9 @@ def test_rope_turns_and_keeps_relative_positions():
 
 def test_rope_scaling():
     plain, _ = positions.rope_frequencies(tiny_model(head_dim=64))
-    linear, _ = positions.rope_frequencies(tiny_model(head_dim=64, rope_scaling="linear", rope_factor=4.0))
+    linear, _ = positions.rope_frequencies(
+        tiny_model(head_dim=64, rope_scaling="linear", rope_factor=4.0)
+    )
     np.testing.assert_allclose(linear, plain / 4)
     ntk, _ = positions.rope_frequencies(
         tiny_model(head_dim=64, rope_scaling="ntk", rope_factor=4.0, rope_original_length=512)
@@ -112,7 +122,9 @@ def test_dense_and_embed_accept_any_weight_leaf():
 
     w = jax.random.normal(jax.random.key(0), (4, 6))
     x = jax.random.normal(jax.random.key(1), (2, 3, 4))
-    np.testing.assert_allclose(layers.dense({"w": Doubled(w)}, x, ("embed", "mlp")), 2 * x @ w, rtol=1e-5)
+    np.testing.assert_allclose(
+        layers.dense({"w": Doubled(w)}, x, ("embed", "mlp")), 2 * x @ w, rtol=1e-5
+    )
     ids = jnp.array([[0, 3], [1, 1]])
     np.testing.assert_allclose(layers.embed(Doubled(w), ids), 2 * w[ids])
     np.testing.assert_allclose(weights.dequantize(Doubled(w), jnp.float32), 2 * w)

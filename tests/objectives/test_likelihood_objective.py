@@ -22,9 +22,13 @@ def example():
 
 def test_per_token_mean():
     loss = cross_entropy(*example())
-    assert float(loss.value()) == pytest.approx(7 / 3)  # a per-row mean would give (1.5 + 4) / 2 = 2.75
+    assert float(loss.value()) == pytest.approx(
+        7 / 3
+    )  # a per-row mean would give (1.5 + 4) / 2 = 2.75
     assert float(loss.metrics["accuracy"].value()) == pytest.approx(2 / 3)
-    assert float(loss.metrics["nats_per_byte"].value()) == pytest.approx(7 / 7)  # the 9 does not count
+    assert float(loss.metrics["nats_per_byte"].value()) == pytest.approx(
+        7 / 7
+    )  # the 9 does not count
 
 
 def test_z_loss_and_smoothing():

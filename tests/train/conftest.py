@@ -17,7 +17,9 @@ WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps under some
 def corpus(tmp_path_factory):
     """A file of 300 short documents' worth of text that a tiny model can learn."""
     path = tmp_path_factory.mktemp("corpus") / "text.txt"
-    lines = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 9)) + ".\n" for i in range(1, 301)]
+    lines = [
+        " ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 9)) + ".\n" for i in range(1, 301)
+    ]
     path.write_text("".join(lines))
     return path
 
@@ -54,8 +56,13 @@ def flags_of(cfg_changes: dict) -> list[str]:
 
 
 def environment(devices: int | None = None) -> dict:
-    env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": os.environ["LLM_JAX_TEST_CACHE"], "JAX_PLATFORMS": "cpu",
-           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3", "PYTHONPATH": str(ROOT)}
+    env = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": os.environ["LLM_JAX_TEST_CACHE"],
+        "JAX_PLATFORMS": "cpu",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+        "PYTHONPATH": str(ROOT),
+    }
     env.pop("XLA_FLAGS", None)
     if devices:
         env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"

@@ -12,8 +12,7 @@ import pytest
 from train.conftest import ROOT, environment, flags_of, run_binary, run_config
 
 import llm_jax
-from llm_jax.train import checkpoint
-from llm_jax.train import loop
+from llm_jax.train import checkpoint, loop
 
 
 def train(cfg, workdir):
@@ -24,7 +23,12 @@ def train(cfg, workdir):
 def run(corpus, tmp_path_factory):
     """A run with four checkpoints written, of which the last two and the best are kept."""
     workdir = tmp_path_factory.mktemp("kept")
-    train(run_config(corpus, **{"steps": 8, "eval.every": 2, "checkpoint.every": 2, "eval.sample_tokens": 0}), workdir)
+    train(
+        run_config(
+            corpus, **{"steps": 8, "eval.every": 2, "checkpoint.every": 2, "eval.sample_tokens": 0}
+        ),
+        workdir,
+    )
     return workdir
 
 
@@ -46,7 +50,10 @@ def test_last_and_best_are_kept(corpus, tmp_path):
         train(cfg, tmp_path)
     finally:
         likelihood.evaluate = real
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["10", "4"]  # last, and best (1.0)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "10",
+        "4",
+    ]  # last, and best (1.0)
 
 
 def test_a_checkpoint_is_all_that_later_verbs_need(run, tmp_path):
@@ -54,10 +61,15 @@ def test_a_checkpoint_is_all_that_later_verbs_need(run, tmp_path):
     step = sorted((run / "checkpoints").iterdir(), key=lambda p: int(p.name))[-1]
     moved = shutil.copytree(step, tmp_path / step.name)
     model, original = llm_jax.load(moved), llm_jax.load(run)
-    assert model.config == original.config and model.tokenizer.fingerprint() == original.tokenizer.fingerprint()
+    assert (
+        model.config == original.config
+        and model.tokenizer.fingerprint() == original.tokenizer.fingerprint()
+    )
     tokens = np.arange(20, dtype=np.int32).reshape(2, 10)
     np.testing.assert_array_equal(model.logits(tokens), original.logits(tokens))
-    assert model.generate(["the "], max_new_tokens=4, seed=1) == original.generate(["the "], max_new_tokens=4, seed=1)
+    assert model.generate(["the "], max_new_tokens=4, seed=1) == original.generate(
+        ["the "], max_new_tokens=4, seed=1
+    )
 
 
 @pytest.mark.parametrize("victim", ["params", "training"])
@@ -66,11 +78,25 @@ def test_half_written_checkpoint(run, corpus, tmp_path, victim):
     workdir = copy(run, tmp_path)
     steps = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
     folder = workdir / "checkpoints" / str(steps[-1])
-    largest = max((p for p in (folder / victim).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest = max(
+        (p for p in (folder / victim).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-    cfg = lambda: run_config(corpus, **{"steps": 9, "eval.every": 2, "checkpoint.every": 2,  # noqa: E731
-                                        "eval.sample_tokens": 0})
-    with pytest.raises(ValueError, match=f"{folder} is damaged or half-written .*delete that folder") as e:
+
+    def cfg():
+        return run_config(
+            corpus,
+            **{
+                "steps": 9,
+                "eval.every": 2,
+                "checkpoint.every": 2,
+                "eval.sample_tokens": 0,
+            },
+        )
+
+    with pytest.raises(
+        ValueError, match=f"{folder} is damaged or half-written .*delete that folder"
+    ) as e:
         train(cfg(), workdir)
     assert "\n" not in str(e.value) and f"go on from step {steps[-2]}" in str(e.value)
     shutil.rmtree(folder)
@@ -104,21 +130,28 @@ def pretrain(corpus, workdir, steps, **kw):
                "eval.sample_tokens": 0, "log.compilation_cache": ""}  # fmt: skip
     args = [sys.executable, "-m", "experiments.pretrain", "--config=configs/smoke.py", f"--workdir={workdir}",
             f"--input={corpus}", *flags_of(changes)]  # fmt: skip
-    return subprocess.run(args, cwd=ROOT, env=kw.pop("env", environment()), capture_output=True, text=True, **kw)
+    return subprocess.run(
+        args, cwd=ROOT, env=kw.pop("env", environment()), capture_output=True, text=True, **kw
+    )
 
 
 def test_full_disk_in_a_real_process(corpus, tmp_path):
     """A file system that holds one checkpoint and not two: one line, and the first is intact."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(disk)], capture_output=True)
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(disk)], capture_output=True
+    )
     if mount.returncode:
         pytest.skip("mounting a small file system needs root")
     try:
         assert pretrain(corpus, disk, 2).returncode == 0
         full = pretrain(corpus, disk, 4)
         assert full.returncode == 1 and full.stderr.count("\n") == 1, full.stderr
-        assert "No space left on device" in full.stderr and "the last whole checkpoint is step 2" in full.stderr
+        assert (
+            "No space left on device" in full.stderr
+            and "the last whole checkpoint is step 2" in full.stderr
+        )
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         again = pretrain(corpus, disk, 4)
         assert again.returncode == 0 and "resuming from step 2" in again.stdout, again.stderr
@@ -130,10 +163,15 @@ def test_a_write_that_fails_half_way(corpus, tmp_path):
     """Files may not grow past a limit: the last line says it, and earlier checkpoints are intact."""
     assert pretrain(corpus, tmp_path, 2).returncode == 0
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))  # noqa: E731
-    failed = pretrain(corpus, tmp_path, 4, env=environment() | {"JAX_COMPILATION_CACHE_DIR": ""}, preexec_fn=limit)
+    failed = pretrain(
+        corpus, tmp_path, 4, env=environment() | {"JAX_COMPILATION_CACHE_DIR": ""}, preexec_fn=limit
+    )
     assert failed.returncode == 1, failed.stderr
-    assert re.search("^error: cannot write a checkpoint .*File too large; the last whole checkpoint is step 2",
-                     failed.stderr, re.M), failed.stderr
+    assert re.search(
+        "^error: cannot write a checkpoint .*File too large; the last whole checkpoint is step 2",
+        failed.stderr,
+        re.M,
+    ), failed.stderr
     again = pretrain(corpus, tmp_path, 4)
     assert again.returncode == 0 and "resuming from step 2" in again.stdout, again.stderr
 
@@ -147,6 +185,8 @@ def test_generate_binary_from_a_checkpoint(run):
     assert a.returncode == 0 and a.stdout == b.stdout, a.stderr
     record = json.loads(a.stdout)
     assert record["prompt"] == "the " and len(record["tokens"]) == len(record["log_probs"]) == 5
-    direct = llm_jax.load(run).complete(["the "], max_new_tokens=5, temperature=1.0, top_k=5, top_p=0.9, seed=7)[0]
+    direct = llm_jax.load(run).complete(
+        ["the "], max_new_tokens=5, temperature=1.0, top_k=5, top_p=0.9, seed=7
+    )[0]
     assert direct.tokens == record["tokens"] and direct.text == record["text"]
     assert jax.process_count() == 1

@@ -42,11 +42,28 @@ def whole(corpus, tmp_path_factory):
 
 def test_a_run_leaves_what_it_promises(whole):
     workdir, summary = whole
-    for name in ("config.json", "env.json", "metrics.jsonl", "summary.json", "report.md", "samples.jsonl"):
+    for name in (
+        "config.json",
+        "env.json",
+        "metrics.jsonl",
+        "summary.json",
+        "report.md",
+        "samples.jsonl",
+    ):
         assert (workdir / name).stat().st_size > 0, name
     assert json.loads((workdir / "summary.json").read_text()) == summary
-    for key in ("steps", "tokens", "params", "params_non_embedding", "flops", "train_loss", "eval_loss",
-                "bits_per_byte", "tokens_per_second", "wall_seconds"):
+    for key in (
+        "steps",
+        "tokens",
+        "params",
+        "params_non_embedding",
+        "flops",
+        "train_loss",
+        "eval_loss",
+        "bits_per_byte",
+        "tokens_per_second",
+        "wall_seconds",
+    ):
         assert summary[key] is not None, key
     assert summary["steps"] == 12 and summary["tokens"] == 12 * 8 * 32
     rows = lines(workdir)
@@ -76,7 +93,9 @@ def test_evaluation_uses_the_average_and_what_is_saved_is_what_was_evaluated(who
         count += len(row) - 1
     assert count == summary["eval_tokens"]
     assert total / count == pytest.approx(summary["eval_loss"], rel=1e-5)
-    assert total / np.log(2) / (len(held_out.encode()) - 1) == pytest.approx(summary["bits_per_byte"], rel=1e-5)
+    assert total / np.log(2) / (len(held_out.encode()) - 1) == pytest.approx(
+        summary["bits_per_byte"], rel=1e-5
+    )
 
 
 def test_stop_and_resume_is_bit_equal(whole, corpus, tmp_path, monkeypatch):
@@ -101,7 +120,9 @@ def test_stop_and_resume_is_bit_equal(whole, corpus, tmp_path, monkeypatch):
 
 
 def test_resume_on_another_mesh(whole, corpus, tmp_path):
-    train(run_config(corpus, **{"steps": 12, "eval.sample_tokens": 0}), tmp_path / "a")  # same as whole
+    train(
+        run_config(corpus, **{"steps": 12, "eval.sample_tokens": 0}), tmp_path / "a"
+    )  # same as whole
     import shutil
 
     shutil.rmtree(tmp_path / "a/checkpoints/12")
@@ -122,8 +143,15 @@ def test_sigterm_in_a_real_process(corpus, tmp_path):
         "steps": 150, "checkpoint.every": 0, "eval.every": 0, "log.every": 1, "model.n_layers": 2, "batch_size": 8,
         "length": 32, "eval.sample_tokens": 0, "log.compilation_cache": "",
     }  # fmt: skip
-    args = lambda name: ["--config=configs/smoke.py", f"--workdir={tmp_path / name}", f"--input={corpus}",  # noqa: E731
-                         *flags_of(changes)]
+
+    def args(name):
+        return [
+            "--config=configs/smoke.py",
+            f"--workdir={tmp_path / name}",
+            f"--input={corpus}",
+            *flags_of(changes),
+        ]
+
     process = start("pretrain", *args("broken"))
     log = tmp_path / "broken" / "metrics.jsonl"
     deadline = time.time() + 200
@@ -156,14 +184,21 @@ def test_non_finite_steps_stop_the_run_and_save(corpus, tmp_path, monkeypatch, c
             loss, carry = inner(params, batch, carry, keys)
             if keys is not None:  # training has keys (dropout), evaluation has none
                 ce = loss.terms["cross_entropy"]
-                loss = Loss({"cross_entropy": Mean(ce.total * np.nan, ce.weight)}, loss.scales, loss.metrics)
+                loss = Loss(
+                    {"cross_entropy": Mean(ce.total * np.nan, ce.weight)}, loss.scales, loss.metrics
+                )
             return loss, carry
 
         return loss_fn
 
     monkeypatch.setattr(program, "make_loss_fn", poisoned)
-    cfg = run_config(corpus, **{"optimizer.max_bad_steps": 3, "model.dropout": 0.1, "eval.sample_tokens": 0})
-    with pytest.raises(ValueError, match=r"3 non-finite steps in a row up to step 3 \(loss nan\).*learning_rate.*saved"):
+    cfg = run_config(
+        corpus, **{"optimizer.max_bad_steps": 3, "model.dropout": 0.1, "eval.sample_tokens": 0}
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"3 non-finite steps in a row up to step 3 \(loss nan\).*learning_rate.*saved",
+    ):
         train(cfg, tmp_path)
     assert "step 1 is skipped: non-finite loss nan (1 in a row)" in capsys.readouterr().out
     assert any((tmp_path / "checkpoints").iterdir())
@@ -183,11 +218,13 @@ def test_continued_pretraining_with_a_longer_context(whole, corpus, tmp_path):
         },
     )
     summary = train(longer, tmp_path)
-    assert lines(tmp_path)[0]["loss"] < lines(whole[0])[0]["loss"] - 0.3  # it starts from what was learned
+    assert (
+        lines(tmp_path)[0]["loss"] < lines(whole[0])[0]["loss"] - 0.3
+    )  # it starts from what was learned
     assert summary["tokens"] == 4 * 8 * 64
     assert api.load(tmp_path).config.length == 64
     wider = run_config(corpus, **{"checkpoint.init_from": str(whole[0]), "model.d_model": 64})
-    with pytest.raises(ValueError, match="has shape .* but --config.model makes it"):
+    with pytest.raises(ValueError, match=r"has shape .* but --config.model makes it"):
         train(wider, tmp_path / "wider")
 
 
@@ -200,7 +237,9 @@ def test_freezing_and_mixture_train_end_to_end(corpus, tmp_path):
         corpus,
         **{
             "data.sources": (
-                SourceConfig(name="main", inputs=(str(corpus),), weights=((0.0, 1.0), (0.5, 1.0), (1.0, 0.0))),
+                SourceConfig(
+                    name="main", inputs=(str(corpus),), weights=((0.0, 1.0), (0.5, 1.0), (1.0, 0.0))
+                ),
                 SourceConfig(name="better", inputs=(str(other),), weights=((0.0, 0.0), (1.0, 1.0))),
             ),
             "optimizer.freeze_rules": ((r"^layers/mlp/", True), (r".*", False)),
@@ -209,8 +248,15 @@ def test_freezing_and_mixture_train_end_to_end(corpus, tmp_path):
     )
     train(cfg, tmp_path / "run")
     assert lines(tmp_path / "run")[-1]["loss"] < lines(tmp_path / "run")[0]["loss"]
-    resumed = run_config(corpus, **{"data.sources": cfg.data.sources, "optimizer.freeze_rules": cfg.optimizer.freeze_rules,
-                                    "data.packing": "first_fit", "seed": 1})
+    resumed = run_config(
+        corpus,
+        **{
+            "data.sources": cfg.data.sources,
+            "optimizer.freeze_rules": cfg.optimizer.freeze_rules,
+            "data.packing": "first_fit",
+            "seed": 1,
+        },
+    )
     with pytest.raises(ValueError, match="was trained with another seed: 0, now 1"):
         train(resumed, tmp_path / "run")
 

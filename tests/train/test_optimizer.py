@@ -37,7 +37,9 @@ def test_decay_and_freeze_rules_cover_everything():
     cfg = tiny_train(**{"model.norm": "layernorm", "model.norm_bias": True, "model.qkv_bias": True})
     specs = decoder.specs(cfg.model)
     mask = flatten(opt.decay_mask(specs, cfg.optimizer))
-    assert {k for k, v in mask.items() if not v} == {k for k in mask if k.endswith(("scale", "bias"))}
+    assert {k for k, v in mask.items() if not v} == {
+        k for k in mask if k.endswith(("scale", "bias"))
+    }
     assert mask["embed/tokens"] and mask["layers/attn/q/w"]
     with pytest.raises(ValueError, match=r"optimizer.decay_rules covers no rule for the parameter"):
         opt.decay_mask(specs, OptimizerConfig(decay_rules=((r"^embed", True),)))
@@ -79,12 +81,22 @@ def test_states_are_cut_like_their_parameters_and_learn_alike_on_a_mesh(name):
     big = [x for x in jax.tree.leaves(state.opt_state) if x.size >= 128 * 128]
     if name == "adafactor":
         assert not big  # rows and columns only
-        by_path = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(state.opt_state)}
+        by_path = {
+            jax.tree_util.keystr(p): x
+            for p, x in jax.tree_util.tree_leaves_with_path(state.opt_state)
+        }
         rows, cols = (
-            next(x for p, x in by_path.items() if f".{field}" in p and "'up'" in p) for field in ("v_row", "v_col")
+            next(x for p, x in by_path.items() if f".{field}" in p and "'up'" in p)
+            for field in ("v_row", "v_col")
         )
-        assert rows.shape == (1, 128) and rows.addressable_shards[0].data.shape == (1, 32)  # embed: fsdp
-        assert cols.shape == (1, 256) and cols.addressable_shards[0].data.shape == (1, 128)  # mlp: tensor
+        assert rows.shape == (1, 128) and rows.addressable_shards[0].data.shape == (
+            1,
+            32,
+        )  # embed: fsdp
+        assert cols.shape == (1, 256) and cols.addressable_shards[0].data.shape == (
+            1,
+            128,
+        )  # mlp: tensor
     else:
         assert big
     for x in big:

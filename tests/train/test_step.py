@@ -72,7 +72,9 @@ def test_accumulation_with_unequal_counts_is_one_big_batch(k):
     parts = run(cfg, steps=5, k=k, make_batch=uneven)
     np.testing.assert_allclose(parts[0], whole[0], rtol=2e-6)
     np.testing.assert_allclose(parts[1], whole[1], rtol=2e-5)
-    for a, b in zip(jax.tree.leaves(parts[2].params), jax.tree.leaves(whole[2].params), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(parts[2].params), jax.tree.leaves(whole[2].params), strict=True
+    ):
         np.testing.assert_allclose(a, b, atol=3e-5)  # a mean of means is off by 1e-2 here
 
 
@@ -81,7 +83,12 @@ def test_weights_of_micro_batches_cost_no_second_forward_pass(one_device):
         with jax.set_mesh(one_device):
             program = build(tiny_train(accumulation=k), one_device)
             state = jax.eval_shape(program.init, jax.random.key(0))
-            return program.step.lower(state, put(random_batch(), one_device, k)).compile().as_text().count(" dot(")
+            return (
+                program.step.lower(state, put(random_batch(), one_device, k))
+                .compile()
+                .as_text()
+                .count(" dot(")
+            )
 
     assert matmuls(2) == matmuls(1) > 0  # the forward pass run again for its weights would add some
 
@@ -113,9 +120,17 @@ def test_a_bad_step_changes_nothing_and_is_named(one_device):
         after = jax.device_get(state)
         assert int(after.step) == 2 and int(after.bad_steps) == 1
         for name in ("params", "opt_state", "ema"):
-            for a, b in zip(jax.tree.leaves(getattr(before, name)), jax.tree.leaves(getattr(after, name)), strict=True):
+            for a, b in zip(
+                jax.tree.leaves(getattr(before, name)),
+                jax.tree.leaves(getattr(after, name)),
+                strict=True,
+            ):
                 np.testing.assert_array_equal(a, b)
-        where = [n for n, s in zip(flatten(after.params), np.array(metrics["grad_squares"]), strict=True) if not np.isfinite(s)]
+        where = [
+            n
+            for n, s in zip(flatten(after.params), np.array(metrics["grad_squares"]), strict=True)
+            if not np.isfinite(s)
+        ]
         assert where == ["layers/attn/q/w"]
         state, _ = program.step(state, put(good, one_device, 1))
         assert int(state.bad_steps) == 0
@@ -141,7 +156,9 @@ def test_clipping_average_and_freezing(one_device):
     assert float(metrics["grad_norm"]) > 1e-2  # measured before clipping
     mu = sum(float(np.sum(np.square(x))) for x in jax.tree.leaves(state.opt_state[0].mu))
     np.testing.assert_allclose(np.sqrt(mu) / (1 - cfg.optimizer.b1), 1e-3, rtol=1e-3)
-    for e, a, b in zip(*(jax.tree.leaves(t) for t in (state.ema, start.params, state.params)), strict=True):
+    for e, a, b in zip(
+        *(jax.tree.leaves(t) for t in (state.ema, start.params, state.params)), strict=True
+    ):
         np.testing.assert_allclose(e, 0.5 * a + 0.5 * b, atol=1e-7)
 
 
