@@ -1,15 +1,15 @@
-"""Eight virtual CPU devices for the whole suite, one compilation cache for its run, and tiny
-models and batches that tests share."""
+"""Eight virtual CPU devices for the whole suite, one compilation cache for its run."""
 
 import os
 import tempfile
 
 import jax
-import numpy as np
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Most of the suite's time is compilation; the binaries that tests start run fully optimised.
+jax.config.update("jax_disable_most_optimizations", True)
 _CACHE = tempfile.TemporaryDirectory(prefix="llm_jax_test_cache_")
 jax.config.update("jax_compilation_cache_dir", _CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
@@ -17,7 +17,6 @@ os.environ["LLM_JAX_TEST_CACHE"] = _CACHE.name
 
 from llm_jax import config as configs  # noqa: E402
 from llm_jax import sharding  # noqa: E402
-from llm_jax.types import Batch  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -29,59 +28,21 @@ def data_dir():
     return path
 
 
-def tiny_model(**changes) -> configs.ModelConfig:
-    """A frozen model config that compiles in a moment and divides by any mesh of 8."""
-    values = {
-        "d_model": 32,
-        "n_layers": 2,
-        "n_heads": 8,
-        "kv_heads": 8,
-        "vocab_multiple": 8,
-        "d_ff": 64,
-        "dtype": "float32",
-        "scan": False,
-    }
-    cfg = configs.ModelConfig(**{**values, **changes})
-    configs.resolve_model(cfg, vocab_size=53, length=16, backend="cpu")
-    return configs.freeze(cfg)
-
-
-def tiny_train(**changes) -> configs.TrainConfig:
-    """A frozen TrainConfig around `tiny_model`; changes are dotted paths."""
-    cfg = configs.TrainConfig(batch_size=16, length=16, steps=30, model=configs.thaw(tiny_model()))
-    cfg.optimizer.warmup_steps = 3
-    configs.override(cfg, changes)
-    configs.resolve_model(cfg.model, vocab_size=53, length=cfg.length, backend="cpu")
-    configs.validate(cfg)
-    return configs.freeze(cfg)
-
-
-def random_batch(rows=16, length=16, vocab=53, seed=0, packed=False) -> Batch:
-    """Random tokens; packed: two or three documents and some padding in each row."""
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, vocab, (rows, length + 1)).astype(np.int32)
-    batch = Batch(
-        tokens=tokens[:, :-1],
-        targets=tokens[:, 1:],
-        weights=np.ones((rows, length), np.float32),
-        bytes=rng.integers(1, 4, (rows, length)).astype(np.int32),
-    )
-    if not packed:
-        return batch
-    segments, positions = np.zeros((2, rows, length), np.int32)
-    weights = np.zeros((rows, length), np.float32)
-    for r in range(rows):
-        cuts = np.sort(rng.choice(np.arange(2, length), rng.integers(1, 4), replace=False))
-        start = 0
-        for number, end in enumerate(cuts):
-            segments[r, start:end] = number + 1
-            positions[r, start:end] = np.arange(end - start)
-            weights[r, start : end - 1] = 1
-            start = end
-    return batch.replace(segments=segments, positions=positions, weights=weights)
-
-
 @pytest.fixture(scope="session")
 def one_device():
     """The mesh of a single device."""
     return sharding.make_mesh(configs.MeshConfig(), jax.devices()[:1])
+
+
+WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps under some old tree".split()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A file of 300 short documents' worth of text that a tiny model can learn."""
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    lines = [
+        " ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 9)) + ".\n" for i in range(1, 301)
+    ]
+    path.write_text("".join(lines))
+    return path

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from train.conftest import run_config
+from runs import run_config
 
 import llm_jax
 from llm_jax.train import loop

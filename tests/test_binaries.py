@@ -5,7 +5,7 @@ import sys
 import time
 
 import pytest
-from train.conftest import ROOT, environment, run_binary
+from runs import ROOT, environment, run_binary
 
 BINARIES = sorted(
     p.stem for p in (ROOT / "experiments").glob("*.py") if p.stem not in ("__init__", "cli")

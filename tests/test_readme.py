@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from train.conftest import ROOT, environment
+from runs import ROOT, environment
 
 README = (ROOT / "README.md").read_text()
 

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from conftest import tiny_train
 from jax.sharding import PartitionSpec as P
+from tiny import tiny_train
 
 from llm_jax import sharding
 from llm_jax.config import MeshConfig

@@ -14,6 +14,7 @@ import jax
 
 from llm_jax import config as configs
 from llm_jax.config import TrainConfig
+from llm_jax.train.accelerators import accelerators, unused_accelerators
 
 PACKAGES = (
     "llm_jax",
@@ -28,25 +29,13 @@ PACKAGES = (
 )
 
 
-def unused_accelerator() -> str:
-    """An accelerator that this machine has and JAX does not use, in words; empty if there is none."""
-    if jax.default_backend() != "cpu":
-        return ""
-    for device, words, extra in (
-        ("/dev/nvidia0", "an NVIDIA GPU", "cuda"),
-        ("/dev/accel0", "a TPU", "tpu"),
-        ("/dev/vfio/0", "a TPU", "tpu"),
-    ):
-        if os.path.exists(device):
-            return f"this machine has {words} ({device}), but JAX runs on the CPU: pip install 'llm_jax[{extra}]'"
-    return ""
-
-
 def check_accelerator() -> None:
     """Raises ValueError if an accelerator is present but unused and nobody asked for the CPU."""
     asked = os.environ.get("JAX_PLATFORMS", "") or jax.config.jax_platforms or ""
-    if "cpu" not in asked and (found := unused_accelerator()):
-        raise ValueError(f"{found}; or set JAX_PLATFORMS=cpu to run on the CPU on purpose")
+    if jax.default_backend() != "cpu" or "cpu" in asked:
+        return
+    if problems := unused_accelerators(accelerators(), "cpu"):
+        raise ValueError(f"{problems[0]}; or set JAX_PLATFORMS=cpu to run on the CPU on purpose")
 
 
 def use_compilation_cache(directory: str) -> None:

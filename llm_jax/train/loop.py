@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from llm_jax import config as configs
 from llm_jax import sharding
@@ -82,7 +83,7 @@ def train(
         base.save(workdir / "tokenizer")
         cfg.tokenizer.path = str(workdir / "tokenizer")
     configs.validate(cfg)
-    corpus = prepare_corpus(cfg.data, cfg.tokenizer, str(workdir), writer=jax.process_index() == 0)
+    corpus = _prepare(cfg, workdir)
     configs.resolve_model(
         cfg.model,
         vocab_size=corpus.tokenizer.vocab_size,
@@ -104,6 +105,15 @@ def train(
             return run.describe()
         environment.write(workdir, cfg, corpus.tokenizer.fingerprint(), run.loader.identity)
         return run.train(begin)
+
+
+def _prepare(cfg: TrainConfig, workdir: Path) -> Corpus:
+    """Process 0 writes the shards; the others open what it has written."""
+    writer = jax.process_index() == 0
+    corpus = prepare_corpus(cfg.data, cfg.tokenizer, str(workdir)) if writer else None
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("the data is prepared")
+    return corpus or prepare_corpus(cfg.data, cfg.tokenizer, str(workdir), writer=False)
 
 
 class _Run:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_model
+from tiny import tiny_model
 
 from llm_jax import sharding, tokenizers
 from llm_jax.config import MeshConfig

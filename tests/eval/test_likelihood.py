@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_model
+from tiny import tiny_model
 
 from llm_jax import tokenizers
 from llm_jax.eval.likelihood import evaluate, text_log_probs
@@ -47,6 +47,10 @@ def test_text_log_probs():
         if not ids:
             continue
         row = np.array([start_ids(tokenizer) + ids], np.int32)
-        z = decoder.logits(params, decoder.hidden(params, Batch(tokens=row), cfg).x, cfg)
+        z = jax.jit(
+            lambda row: decoder.logits(
+                params, decoder.hidden(params, Batch(tokens=row), cfg).x, cfg
+            )
+        )(row)
         want = jax.nn.log_softmax(z)[0, np.arange(len(ids)), ids]
         np.testing.assert_allclose(got, want, atol=2e-5)

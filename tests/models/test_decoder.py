@@ -1,10 +1,12 @@
 """Properties of the decoder, over the whole span of its config."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_batch, tiny_model
+from tiny import random_batch, tiny_model
 
 from llm_jax import models
 from llm_jax.models import decoder
@@ -51,18 +53,29 @@ VARIANTS = {
 }
 
 
+@partial(jax.jit, static_argnames="cfg")
+def start(cfg, seed):
+    return P.init(decoder.specs(cfg), jax.random.key(seed))
+
+
 def setup(name, **changes):
     # Large weights, and no norm or bias at its neutral start, so that every part has an effect.
     cfg = tiny_model(**{"init_std": 0.15, **VARIANTS[name], **changes})
-    flat = P.flatten(P.init(decoder.specs(cfg), jax.random.key(1)))
+    flat = P.flatten(start(cfg, 1))
     ramp = lambda p: p + jnp.linspace(-0.2, 0.2, p.size).reshape(p.shape)  # noqa: E731
     return cfg, P.unflatten(
         {k: ramp(v) if k.endswith(("scale", "bias")) else v for k, v in flat.items()}
     )
 
 
-def all_logits(params, batch, cfg, **kw):
-    return decoder.logits(params, decoder.hidden(params, batch, cfg, **kw).x, cfg)
+@partial(jax.jit, static_argnames="cfg")
+def all_logits(params, batch, cfg):
+    return decoder.logits(params, trunk(params, batch, cfg), cfg)
+
+
+@partial(jax.jit, static_argnames="cfg")
+def trunk(params, batch, cfg, rng=None):
+    return decoder.hidden(params, batch, cfg, rng=rng).x
 
 
 def loss_and_grad(params, batch, cfg):
@@ -151,12 +164,16 @@ def test_cached_decoding_equals_the_full_forward(name):
         tokens=tokens, segments=(position >= 0).astype(np.int32), positions=np.maximum(position, 0)
     )
     cache = decoder.init_cache(params, whole, cfg, 16)
-    step = jax.jit(lambda batch, cache: decoder.hidden(params, batch, cfg, cache=cache))
+
+    @jax.jit
+    def step(batch, cache):
+        out = decoder.hidden(params, batch, cfg, cache=cache)
+        return decoder.logits(params, out.x, cfg), out.cache
+
     parts = []
     for start, end in [(0, 8), (8, 11), (11, 12)]:
-        out = step(jax.tree.map(lambda x, a=start, b=end: x[:, a:b], whole), cache)
-        cache = out.cache
-        parts.append(decoder.logits(params, out.x, cfg))
+        logits, cache = step(jax.tree.map(lambda x, a=start, b=end: x[:, a:b], whole), cache)
+        parts.append(logits)
     cached = np.concatenate(parts, axis=1)
     for r, row in enumerate(rows):
         alone = np.asarray(all_logits(params, Batch(tokens=row[None]), cfg))[0]
@@ -204,7 +221,7 @@ def test_presets_have_the_published_sizes(name, millions):
 
 def test_initial_scales():
     cfg = tiny_model(n_layers=8, d_model=64, head_dim=8, d_ff=256, positions="learned")
-    flat = P.flatten(P.init(decoder.specs(cfg), jax.random.key(0)))
+    flat = P.flatten(start(cfg, 0))
     for path, std in {
         "embed/tokens": 0.02,
         "layers/attn/q/w": 0.02,
@@ -236,7 +253,7 @@ def test_bfloat16_keeps_masters_and_scores_in_float32():
     exact, _ = loss_and_grad(params, batch, setup("llama")[0])
     assert value.dtype == jnp.float32 and abs(float(value - exact)) < 0.05
     assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grad))
-    assert decoder.hidden(params, batch, cfg).x.dtype == jnp.bfloat16
+    assert trunk(params, batch, cfg).dtype == jnp.bfloat16
 
 
 def test_as_linen_is_the_same_function():
@@ -270,9 +287,9 @@ def test_dropout_depends_on_rows_alone():
     cfg, params = setup("gpt2", dropout=0.3)
     batch = random_batch(rows=4)
     keys = jax.random.split(jax.random.key(7), 4)
-    whole = decoder.hidden(params, batch, cfg, rng=keys).x
-    half = decoder.hidden(params, jax.tree.map(lambda x: x[2:], batch), cfg, rng=keys[2:]).x
+    whole = trunk(params, batch, cfg, keys)
+    half = trunk(params, jax.tree.map(lambda x: x[2:], batch), cfg, keys[2:])
     np.testing.assert_allclose(whole[2:], half, atol=3e-5)
     scanned, _ = setup("gpt2", dropout=0.3, scan=True)
-    np.testing.assert_allclose(whole, decoder.hidden(params, batch, scanned, rng=keys).x, atol=3e-5)
-    assert np.abs(np.asarray(whole - decoder.hidden(params, batch, cfg).x)).max() > 0.1
+    np.testing.assert_allclose(whole, trunk(params, batch, scanned, keys), atol=3e-5)
+    assert np.abs(np.asarray(whole - trunk(params, batch, cfg))).max() > 0.1

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_model
+from tiny import tiny_model
 
 from llm_jax.config import ModelConfig
 from llm_jax.nn import layers, params, positions, weights

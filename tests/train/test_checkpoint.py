@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from train.conftest import ROOT, environment, flags_of, run_binary, run_config
+from runs import ROOT, environment, flags_of, run_binary, run_config
 
 import llm_jax
 from llm_jax.train import checkpoint, loop

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from train.conftest import flags_of, run_binary, run_config, start
+from runs import flags_of, run_binary, run_config, start
 
 from llm_jax import api
 from llm_jax.config import MeshConfig

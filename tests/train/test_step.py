@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_batch, tiny_train
+from tiny import random_batch, tiny_train
 
 from llm_jax import sharding
 from llm_jax.config import MeshConfig

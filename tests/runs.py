@@ -1,27 +1,13 @@
-"""A small text, and runs of the real loop and the real binary on it."""
+"""Configs of short runs, and the binaries as processes of their own."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from llm_jax import config as configs
 
-ROOT = Path(__file__).parents[2]
-WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps under some old tree".split()
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
-    """A file of 300 short documents' worth of text that a tiny model can learn."""
-    path = tmp_path_factory.mktemp("corpus") / "text.txt"
-    lines = [
-        " ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 9)) + ".\n" for i in range(1, 301)
-    ]
-    path.write_text("".join(lines))
-    return path
+ROOT = Path(__file__).parents[1]
 
 
 def run_config(corpus, **changes) -> configs.TrainConfig:
