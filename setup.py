@@ -52,6 +52,7 @@ EXTRAS = {
         "hypothesis>=6.131",
         "pre-commit>=4.0",
         "pytest>=8.3",
+        "pytest-xdist>=3.6",
         "ruff>=0.17",
         # to run the notebooks
         "ipykernel>=6.29",
