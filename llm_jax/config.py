@@ -163,7 +163,8 @@ class SourceConfig(Config):
 class DataConfig(Config):
     """Text in, rows out."""
 
-    inputs: tuple = ("embedded:docs",)  # files, folders, globs, hf:NAME, embedded:NAME
+    # Files, folders, globs, hf:NAME, embedded:NAME, or one folder that prepare_data wrote.
+    inputs: tuple = ("embedded:docs",)
     sources: tuple = ()  # SourceConfigs; replaces `inputs` when given
     eval_inputs: tuple = ()  # held-out text; empty: the last eval_fraction of each source
     eval_fraction: float = 0.1  # by characters, from the end
@@ -195,7 +196,7 @@ class EvalConfig(Config):
 class CheckpointConfig(Config):
     """Saving and starting points."""
 
-    every: int = 200  # steps; 0: only at the end and on SIGTERM
+    every: int = 200  # steps; 0: only at the end and on SIGTERM or Ctrl-C
     keep_last: int = 2
     keep_best: int = 1  # by eval loss
     asynchronous: bool = True

@@ -233,9 +233,8 @@ class _Run:
                 batch = put(next(batches), program.mesh, cfg.accumulation)
                 state, metrics = program.step(state, batch)
                 if pending is not None:
-                    self._record(
-                        *pending
-                    )  # of the step before: the device never waits for the host
+                    # Of the step before this one: the device never waits for the host.
+                    self._record(*pending)
                 pending = (step, metrics)
                 last = step == cfg.steps or stop.asked
                 evaluates = self.eval_batches is not None and (
@@ -281,6 +280,8 @@ class _Run:
                 f"stopped by {stop.asked} and saved at step {saved}; run the same command again to go on"
             )
             raise Interrupted(SIGTERM_EXIT)
+        if not evaluated and self.eval_batches is not None:
+            evaluated = self._evaluate(state)  # the process died between its last save and here
         return self._finish(state, evaluated, begin)
 
     def _good(self, state: TrainState) -> TrainState:

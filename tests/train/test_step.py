@@ -9,7 +9,7 @@ from tiny import random_batch, tiny_train
 from llm_jax import sharding
 from llm_jax.config import MeshConfig
 from llm_jax.nn.params import flatten
-from llm_jax.train.program import build, put
+from llm_jax.train.program import abstract_batch, abstract_state, build, put
 from llm_jax.types import Loss, Mean
 
 
@@ -170,3 +170,19 @@ def test_terms_with_their_own_denominators():
     assert float(both.value()) == pytest.approx(10 / 11)  # not (2 + 0.5) / 2
     assert float(Mean(jnp.float32(0), jnp.float32(0)).value()) == 0
     assert np.isfinite(float(Mean.of(jnp.array([1.0, jnp.inf]), jnp.array([1.0, 0.0])).total))
+
+
+def test_a_whole_step_holds_no_array_of_tokens_by_vocabulary(one_device):
+    """128k entries and 8,192 tokens: their logits would be 4.3 GB in float32."""
+    n_tokens, vocab = 8_192, 131_072
+    cfg = tiny_train(
+        **{"batch_size": 8, "length": n_tokens // 8, "model.vocab_size": vocab, "model.n_layers": 1}
+    )
+    with jax.set_mesh(one_device):
+        program = build(cfg, one_device)
+        compiled = program.step.lower(
+            abstract_state(program), abstract_batch(cfg, one_device)
+        ).compile()
+    for shape in (f"[{n_tokens},{vocab}]", f"[8,{n_tokens // 8},{vocab}]"):
+        assert shape not in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.2 * 4 * n_tokens * vocab
