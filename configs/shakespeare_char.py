@@ -4,7 +4,8 @@
         --input=tinyshakespeare.txt
 
 Reproduces the CPU run of nanoGPT's README (4 layers, 4 heads, 128 wide, context 64, batch 12,
-2,000 steps; loss 1.88 there over 20 random batches).
+2,000 steps; loss 1.88 there over 20 random batches): 2 minutes on 2 cores, and 1.906 to 1.924
+over the whole validation text with seeds 0 to 2, where nanoGPT itself has 1.892 to 1.908.
 """
 
 from llm_jax.config import (
