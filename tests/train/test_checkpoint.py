@@ -191,4 +191,3 @@ def test_generate_binary_from_a_checkpoint(run):
         ["the "], max_new_tokens=5, temperature=1.0, top_k=5, top_p=0.9, seed=7
     )[0]
     assert direct.tokens == record["tokens"] and direct.text == record["text"]
-    assert jax.process_count() == 1
