@@ -1,15 +1,20 @@
-"""What every binary shares: the --config flag, and user errors as one line."""
+"""What every binary shares: the --config flag, the flags of a job of several processes, and user
+errors as one line."""
 
 import difflib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from typing import Any
 
 from absl import app, flags, logging
 
 from llm_jax.config import Config, TrainConfig, unknown_key
+
+MENDABLE = (ValueError, OSError, ImportError)  # by the user, who gets one line
 
 
 def define_config(cls: type = TrainConfig, name: str = "config", default: str | None = None) -> Any:
@@ -24,6 +29,50 @@ def define_config(cls: type = TrainConfig, name: str = "config", default: str | 
     # Listed by --help of the binary that asked for it, not of this module.
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
     return holder
+
+
+def define_distributed() -> Callable[[], AbstractContextManager]:
+    """Defines the flags of a job of several processes.
+
+    Returns a function: `with job():` joins the job, before anything touches a device, and on the
+    way out tells the other processes how this one ended (llm_jax/train/distributed.py).
+    """
+    holders = {
+        "mode": flags.DEFINE_enum(
+            "distributed",
+            "auto",
+            ["auto", "on", "off"],
+            "auto: several processes if the flags below, JAX_COORDINATOR_ADDRESS, Slurm, Open MPI, "
+            "a TPU pod or a Kubernetes Job say so; on: an error if none does; off: never",
+        ),
+        "coordinator_address": flags.DEFINE_string(
+            "coordinator_address", None, "HOST:PORT of process 0 (JAX_COORDINATOR_ADDRESS)"
+        ),
+        "num_processes": flags.DEFINE_integer(
+            "num_processes", None, "processes of the job (JAX_NUM_PROCESSES)", lower_bound=1
+        ),
+        "process_id": flags.DEFINE_integer(
+            "process_id", None, "number of this one, from 0 (JAX_PROCESS_ID)", lower_bound=0
+        ),
+        "timeout": flags.DEFINE_integer(
+            "coordinator_timeout", 300, "seconds to wait for all processes", lower_bound=1
+        ),
+        "peer_timeout": flags.DEFINE_integer(
+            "peer_timeout",
+            30,
+            "seconds without a sign of life after which a process counts as dead",
+            lower_bound=2,
+        ),
+    }
+    for holder in holders.values():  # listed by --help of the binary, not of this module
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[holder.name])
+
+    def job() -> AbstractContextManager:
+        from llm_jax.train import distributed
+
+        return distributed.job(report, **{name: h.value for name, h in holders.items()})
+
+    return job
 
 
 def check_config_flags(argv: Sequence[str], cls: type = TrainConfig, name: str = "config") -> None:
@@ -56,11 +105,19 @@ def check_config_flags(argv: Sequence[str], cls: type = TrainConfig, name: str =
                 where = f"{where}.{part}"
 
 
+def report(error: BaseException) -> None:
+    """Prints an error on stderr: one line where a user can mend it, else its traceback."""
+    if os.environ.get("LLM_JAX_TRACEBACK") or not isinstance(error, MENDABLE):
+        traceback.print_exception(error)
+    else:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+
+
 def run_main(main: Callable[[list[str]], Any]) -> None:
     """`absl.app.run` whose user errors are one line on stderr and exit code 1.
 
-    What a user can mend comes as ValueError, OSError, ImportError or a flag error; anything else
-    is a defect of ours and keeps its traceback, and so does everything under LLM_JAX_TRACEBACK=1.
+    What a user can mend comes as one of MENDABLE or a flag error; anything else is a defect of
+    ours and keeps its traceback, and so does everything under LLM_JAX_TRACEBACK=1.
     """
 
     def one_line(error: BaseException) -> None:
@@ -83,7 +140,7 @@ def run_main(main: Callable[[list[str]], Any]) -> None:
     def guarded(argv: list[str]) -> Any:
         try:
             return main(argv)
-        except (ValueError, OSError, ImportError) as e:
+        except MENDABLE as e:
             one_line(e)
 
     app.run(guarded, flags_parser=parse)

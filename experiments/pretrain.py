@@ -3,6 +3,8 @@
     python -m experiments.pretrain --config=configs/quickstart.py --workdir=runs/quickstart
     python -m experiments.pretrain --config=configs/shakespeare_char.py --workdir=runs/shakespeare \\
         --input=tinyshakespeare.txt --config.steps=500
+
+On many machines the same command runs on each of them: experiments/launch, docs/run_on_a_pod.md.
 """
 
 import json
@@ -23,6 +25,7 @@ _EVAL_INPUT = flags.DEFINE_list(
     "eval_input", [], "held-out text; default: the last 10 % of the input"
 )
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "prepare the data, print what would run, and stop")
+_JOB = cli.define_distributed()
 _DEBUG = flags.DEFINE_bool("debug", False, "no jit, no scan, stop at the first NaN")
 
 
@@ -36,11 +39,17 @@ def main(argv: list[str]) -> None:
     if _EVAL_INPUT.value:
         cfg.data.eval_inputs = tuple(_EVAL_INPUT.value)
 
-    from llm_jax.train.loop import train
+    with _JOB():
+        from llm_jax.train import distributed
+        from llm_jax.train.loop import train
 
-    summary = train(cfg, _WORKDIR.value, dry_run=_DRY_RUN.value, debug=_DEBUG.value)
-    if _DRY_RUN.value:
-        return
+        summary = train(cfg, _WORKDIR.value, dry_run=_DRY_RUN.value, debug=_DEBUG.value)
+        if distributed.is_main() and not _DRY_RUN.value:
+            _show(summary)
+
+
+def _show(summary: dict) -> None:
+    """The last sample, the numbers, and where the report is."""
     samples = os.path.join(_WORKDIR.value, "samples.jsonl")
     if os.path.exists(samples):
         with open(samples) as f:

@@ -48,6 +48,28 @@ _config = dataclass(kw_only=True, slots=True, unsafe_hash=True)
 
 
 @_config
+class MoEConfig(Config):
+    """Mixture of experts in place of each layer's MLP (llm_jax/nn/moe.py)."""
+
+    n_experts: int = 0  # routed experts a layer; 0: a dense MLP
+    top_k: int = 2  # routed experts a token goes through
+    d_ff: int = 0  # inner width of one routed expert; 0: model.d_ff
+    n_shared: int = 0  # experts on every token's path, as one MLP of n_shared * d_ff
+    scores: str = "softmax"  # softmax (over all, then the chosen: Mixtral) | sigmoid (DeepSeek-V3)
+    normalize: bool = True  # the weights of a token's chosen experts sum to 1
+    scale: float = 1.0  # times what the routed experts add up to
+    balance_loss: float = 0.01  # scale of the load-balancing loss; 0: off
+    z_loss: float = 0.001  # scale of the router's z-loss; 0: off
+    # Balancing without a loss: each step moves the bias that only the choice sees by this much,
+    # towards experts that got less than their share (DeepSeek-V3: 0.001); 0: no bias.
+    bias_rate: float = 0.0
+    implementation: str = "auto"  # auto | ragged (lax.ragged_dot) | blocks (for CPUs) | dense
+    dispatch: str = "gather"  # over mesh.expert: gather (dropless) | all_to_all (with a capacity)
+    capacity_factor: float = 1.25  # all_to_all: rows an expert takes, times its fair share
+    chunk: int = 0  # tokens of a device dispatched at a time; 0: all of them
+
+
+@_config
 class ModelConfig(Config):
     """Architecture. 0 means "follows from the rest" where the comment says from what."""
 
@@ -88,25 +110,33 @@ class ModelConfig(Config):
     dropout: float = 0.0
     init_std: float = 0.02  # residual projections: init_std / sqrt(2 * n_layers)
 
+    moe: MoEConfig = field(default_factory=MoEConfig)
+
     dtype: str = "auto"  # compute type: float32 | bfloat16; auto: bfloat16 where it is fast
-    attention: str = "auto"  # auto | xla | cudnn | reference
+    attention: str = "auto"  # auto | xla | cudnn | reference | ring (what auto takes on mesh.context)
     attention_block: int = 1024  # queries per block once a row is longer than this
     scan: bool = True  # lax.scan over layers; False: Python loop (faster steps, slower compile)
     scan_unroll: int = 1
     remat: str = "none"  # none | full | dots | attention (recompute all but attention outputs)
-    head_chunk: int = 0  # tokens per chunk of the fused output head; 0: by vocabulary size
+    head_chunk: int = 0  # vocabulary per chunk of the fused output head; 0: by number of tokens
+    # With mesh.stage > 1: micro-batches in the pipeline (0: up to 4 a stage) and turns that each
+    # takes through the stages; more of either means smaller bubbles.
+    pipeline_microbatches: int = 0
+    pipeline_turns: int = 1
 
 
 @_config
 class MeshConfig(Config):
     """Devices along each mesh axis; one of them may be -1, "the rest"."""
 
-    data: int = -1
-    fsdp: int = 1
-    stage: int = 1
-    expert: int = 1
-    context: int = 1
-    tensor: int = 1
+    data: int = -1  # copies of the model
+    fsdp: int = 1  # parameters, gradients and optimizer state in so many pieces
+    stage: int = 1  # layers in so many stages, a pipeline
+    expert: int = 1  # experts in so many groups
+    context: int = 1  # rows cut along their length, ring attention
+    tensor: int = 1  # heads, MLP and vocabulary in so many pieces
+    auto: bool = False  # choose the sizes by the model and the devices, and say why
+    slices: int = 0  # groups of devices with slow links in between; 0: as the devices say
 
 
 @_config
@@ -212,6 +242,9 @@ class LogConfig(Config):
     profile_start: int = 0  # first step of the profiler window
     profile_steps: int = 0  # its length; 0: no profile
     compilation_cache: str = "~/.cache/llm_jax/xla"  # persistent; empty: none
+    # Without progress for so long, the stacks of all threads are printed and the job ends (exit
+    # code 70), so that it is started again; compiling has half an hour more. 0: never.
+    watchdog_minutes: float = 30.0
 
 
 @_config
@@ -243,7 +276,10 @@ CHOICES = {
     "model.norm_position": ("pre", "post"),
     "model.activation": ("gelu", "gelu_erf", "swiglu", "geglu", "relu2"),
     "model.dtype": ("auto", "float32", "bfloat16"),
-    "model.attention": ("auto", "xla", "cudnn", "reference"),
+    "model.attention": ("auto", "xla", "cudnn", "reference", "ring"),
+    "model.moe.scores": ("softmax", "sigmoid"),
+    "model.moe.implementation": ("auto", "ragged", "blocks", "dense"),
+    "model.moe.dispatch": ("gather", "all_to_all"),
     "model.remat": ("none", "full", "dots", "attention"),
     "optimizer.name": ("adamw", "adafactor", "muon"),
     "optimizer.schedule": ("cosine", "linear", "wsd", "constant"),
@@ -278,6 +314,8 @@ def resolve_model(model: ModelConfig, *, vocab_size: int, length: int, backend: 
     if not m.d_ff:
         gated = m.activation in GATED
         m.d_ff = -(-8 * m.d_model // (3 * 64)) * 64 if gated else 4 * m.d_model
+    if m.moe.n_experts:
+        m.moe.d_ff = m.moe.d_ff or m.d_ff
     m.max_length = m.max_length or length
     if m.dtype == "auto":
         m.dtype = "float32" if backend == "cpu" else "bfloat16"
@@ -318,6 +356,11 @@ def validate(config: Config) -> None:
         raise ValueError(
             f"model.rope_scaling={m.rope_scaling} needs model.rope_original_length, the context the "
             "weights were trained at"
+        )
+    if m.moe.n_experts and not 1 <= m.moe.top_k <= m.moe.n_experts:
+        raise ValueError(
+            f"model.moe.top_k={m.moe.top_k} has to be between 1 and model.moe.n_experts="
+            f"{m.moe.n_experts}"
         )
     if not 0.0 <= m.dropout < 1.0:
         raise ValueError(f"model.dropout={m.dropout} has to be in [0, 1)")

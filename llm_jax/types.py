@@ -9,6 +9,7 @@ Dimension letters, used in names (`q_BxLxHxDh`) and docstrings everywhere:
     S   cache slots                      G   query heads per key head (H / K)
     V   vocabulary size                  Dh  width of one head
     M   layers (models' stacked axis)    k   micro-batches of a step
+    E   experts of a layer                   P   stages of a pipeline
 """
 
 from typing import Any
@@ -85,6 +86,7 @@ class Hidden:
     x: Array  # [B, L, D], after the final norm
     cache: Cache | None
     penalties: dict[str, Array]  # name -> float32 [B], sums over a row's tokens (router balance)
+    stats: dict[str, Array] = flax.struct.field(default_factory=dict)  # as in `Scores`
 
 
 @flax.struct.dataclass
@@ -102,6 +104,8 @@ class Scores:
     values: Array | None = None  # float32 [B, L], value or reward head
     label_log_probs: Array | None = None  # float32 [B]
     penalties: dict[str, Array] = flax.struct.field(default_factory=dict)
+    # name -> float32 [B, ...], sums over a row's tokens that are reported, not optimised
+    stats: dict[str, Array] = flax.struct.field(default_factory=dict)
     cache: Cache | None = None
 
 

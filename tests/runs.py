@@ -1,8 +1,10 @@
 """Configs of short runs, and the binaries as processes of their own."""
 
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llm_jax import config as configs
@@ -41,13 +43,14 @@ def flags_of(cfg_changes: dict) -> list[str]:
     return [f"--config.{k}={v}" for k, v in cfg_changes.items()]
 
 
-def environment(devices: int | None = None) -> dict:
+def environment(devices: int | None = None, **more: str) -> dict:
     env = {
         **os.environ,
         "JAX_COMPILATION_CACHE_DIR": os.environ["LLM_JAX_TEST_CACHE"],
         "JAX_PLATFORMS": "cpu",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
         "PYTHONPATH": str(ROOT),
+        **more,
     }
     env.pop("XLA_FLAGS", None)
     if devices:
@@ -55,16 +58,51 @@ def environment(devices: int | None = None) -> dict:
     return env
 
 
-def start(module: str, *args: str, devices: int | None = None) -> subprocess.Popen:
-    """A binary as a process of its own."""
+def start(module: str, *args: str, devices: int | None = None, **environ: str) -> subprocess.Popen:
+    """A binary (or the code after `-c`) as a process of its own."""
+    what = ["-c"] if module == "-c" else ["-m", f"experiments.{module}"]
     return subprocess.Popen(
-        [sys.executable, "-m", f"experiments.{module}", *args],
+        [sys.executable, *what, *args],
         cwd=ROOT,
-        env=environment(devices),
+        env=environment(devices, **environ),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start_job(processes: int, module: str, *args: str, devices: int = 1) -> list[subprocess.Popen]:
+    """The processes of one job on this machine, each with so many virtual devices."""
+    port = free_port()
+    return [
+        start(
+            module,
+            *args,
+            devices=devices,
+            JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
+            JAX_NUM_PROCESSES=str(processes),
+            JAX_PROCESS_ID=str(i),
+            JAX_DISABLE_MOST_OPTIMIZATIONS="1",  # they compile in a third of the time
+        )
+        for i in range(processes)
+    ]
+
+
+def finish_job(job: list[subprocess.Popen], timeout: float = 200) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of each process; none of them outlives the test."""
+    with ThreadPoolExecutor(len(job)) as pool:
+        try:
+            outs = list(pool.map(lambda p: p.communicate(timeout=timeout), job))
+        finally:
+            for process in job:
+                process.kill()
+    return [(p.returncode, out, err) for p, (out, err) in zip(job, outs, strict=True)]
 
 
 def run_binary(module: str, *args: str, devices: int | None = None) -> subprocess.CompletedProcess:

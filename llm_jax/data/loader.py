@@ -38,14 +38,11 @@ class Loader:
         steps: int,
         seed: int,
         token_lengths: np.ndarray,
-        host_index: int,
-        host_count: int,
+        rows: np.ndarray,
     ):
         self.steps = steps
         self._streams, self._mixture, self._token_lengths = streams, mixture, token_lengths
-        share = batch_size // host_count
-        self._rows = slice(host_index * share, (host_index + 1) * share)
-        self._host_tokens = share * length
+        self._rows, self._length = rows, length
         self.epoch_rows = {s.name: s.epoch_rows for s in streams}
         self.utilisation = {s.name: s.utilisation for s in streams}
         self.identity = {
@@ -57,11 +54,8 @@ class Loader:
             self.identity["steps"] = steps  # the curves of the weights stretch over them
 
     def batch(self, step: int) -> Batch:
-        """This host's rows of a step, as numpy arrays.
-
-        Of the global batch host h of H has the h-th of H blocks of rows, so that the hosts' rows
-        in order are what a single host would have. Raises IndexError for a step outside training.
-        """
+        """This process's rows of a step, as numpy arrays: its blocks of the rows that a process on
+        its own would have. Raises IndexError for a step outside training."""
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} is outside training's {self.steps} steps")
         return self._batches(step, step + 1)[0]
@@ -73,7 +67,7 @@ class Loader:
         if start_step >= self.steps:
             return
         # Small batches are made several at a time: making rows costs little, a call a lot.
-        group = max(1, GROUP_TOKENS // self._host_tokens)
+        group = max(1, GROUP_TOKENS // (len(self._rows) * self._length))
         firsts = grain.MapDataset.range(start_step, self.steps, group)
         made = firsts.map(lambda first: self._batches(first, min(first + group, self.steps)))
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCHED_GROUPS)
@@ -89,7 +83,7 @@ class Loader:
             here = source_B == i
             parts.append((here, self._streams[i].rows(row_B[here])))
         leaves = _with_bytes(_merge(parts), self._token_lengths, [s.tokens for s in self._streams])
-        size = self._rows.stop - self._rows.start
+        size = len(self._rows)
         cuts = [slice(i * size, (i + 1) * size) for i in range(len(steps))]
         return [Batch(**{name: leaf[cut] for name, leaf in leaves.items()}) for cut in cuts]
 
@@ -108,24 +102,25 @@ def make_loader(
     seed: int = 0,
     token_lengths: np.ndarray,
     shuffle: bool = True,
-    host_index: int = 0,
-    host_count: int = 1,
+    blocks: Sequence[int] = (0,),
+    block_count: int = 1,
 ) -> Loader:
     """A loader over weighted sources.
 
     Args:
-      length, batch_size: tokens a row, rows a step over all hosts.
+      length, batch_size: tokens a row, rows a step over all processes.
       packing: "split", "first_fit" or "pad", see `llm_jax.data.packing`; or "random": windows as
         in "split", from places that are drawn anew for each row, with replacement.
       isolate_documents: no token sees, or is predicted from, another document.
       token_lengths: int32 [V], UTF-8 bytes of each id.
       shuffle: rows come in another order in each epoch, and where `split` cuts differs as well;
         otherwise in the order of the text.
+      blocks, block_count: of block_count equal blocks of a step's rows, those that this process
+        loads, in order.
 
     Raises ValueError if a source has less than one row, or nothing that can be predicted.
     """
-    if batch_size % host_count:
-        raise ValueError(f"batch_size={batch_size} is not divisible by the {host_count} processes")
+    rows = _rows_of(blocks, block_count, batch_size, "batch_size")
     if len({c.name for c in train}) < len(train):
         raise ValueError("data.sources: two sources have the same name")
     for component in train:
@@ -142,9 +137,18 @@ def make_loader(
         steps=steps,
         seed=seed,
         token_lengths=np.asarray(token_lengths, np.int32),
-        host_index=host_index,
-        host_count=host_count,
+        rows=rows,
     )
+
+
+def _rows_of(blocks: Sequence[int], count: int, batch_size: int, key: str) -> np.ndarray:
+    """Row numbers of some of `count` equal blocks of rows."""
+    if batch_size % count:
+        raise ValueError(
+            f"{key}={batch_size} is not divisible by the {count} parts that the mesh cuts a batch "
+            "into (mesh.data * mesh.fsdp * mesh.expert)"
+        )
+    return np.arange(batch_size).reshape(count, -1)[list(blocks)].reshape(-1)
 
 
 class _Stream:
@@ -242,8 +246,8 @@ def eval_batches(
     isolate_documents: bool = True,
     token_lengths: np.ndarray,
     rows: int = 0,
-    host_index: int = 0,
-    host_count: int = 1,
+    blocks: Sequence[int] = (0,),
+    block_count: int = 1,
 ) -> EvalBatches:
     """A held-out text, each of its targets exactly once, in batches of one shape.
 
@@ -253,20 +257,18 @@ def eval_batches(
 
     Args:
       rows: this many rows only, evenly spaced over the text; 0: all.
-      host_index, host_count: as in `make_loader`; `batch_size` is that of all hosts.
+      blocks, block_count: as in `make_loader`; `batch_size` is that of all processes.
     """
     _check_tokens(tokens, "the held-out text", token_lengths, isolate_documents)
-    if batch_size % host_count:
-        raise ValueError(f"batch_size={batch_size} is not divisible by the {host_count} processes")
+    mine = _rows_of(blocks, block_count, batch_size, "eval.batch_size")
     windows = packing in ("split", "random")
     plan = None if windows else packing_.make_plan(tokens, packing, length)
     whole = -(-(tokens.total - 1) // length) if plan is None else len(plan)
     chosen = np.arange(whole) if not 0 < rows < whole else np.arange(rows) * whole // rows
-    share = batch_size // host_count
     lengths_V = np.asarray(token_lengths, np.int32)
 
     def make(places_B: np.ndarray) -> Batch:
-        places_B = places_B[host_index * share : (host_index + 1) * share]
+        places_B = places_B[mine]
         real_B = places_B < len(chosen)
         if plan is None:
             starts_B = np.full(len(places_B), tokens.total)  # past the end: all padding

@@ -3,6 +3,7 @@
 x = embed(tokens) (+ positions)
 pre-norm:   x = x + attention(norm(x));  x = x + mlp(norm(x));  final norm
 post-norm:  x = norm(x + attention(x));  x = norm(x + mlp(x))
+With experts (`cfg.moe`) the MLP is a mixture of them.
 """
 
 import math
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 from llm_jax import sharding
 from llm_jax.config import ModelConfig
-from llm_jax.nn import attention, head, layers, positions, weights
+from llm_jax.nn import attention, head, layers, moe, positions, weights
 from llm_jax.nn.params import Normal, ParamSpec, flatten, stacked, unflatten
 from llm_jax.nn.stack import stack
 from llm_jax.types import Array, Batch, Cache, Hidden, PyTree, Scores
@@ -32,7 +33,11 @@ def specs(cfg: ModelConfig) -> PyTree:
                 "attn_norm": layers.norm_specs(cfg, D),
                 "attn": attention.specs(cfg, out_std),
                 "mlp_norm": layers.norm_specs(cfg, D),
-                "mlp": layers.mlp_specs(cfg, out_std),
+                **(
+                    {"moe": moe.specs(cfg, out_std)}
+                    if cfg.moe.n_experts
+                    else {"mlp": layers.mlp_specs(cfg, out_std)}
+                ),
             },
             cfg.n_layers,
         ),
@@ -98,18 +103,33 @@ def hidden(
             x = x if pre else layers.norm(p["attn_norm"], x, cfg)
         with jax.named_scope("mlp"):
             h = layers.norm(p["mlp_norm"], x, cfg) if pre else x
-            x = x + layers.dropout(layers.mlp(p["mlp"], h, cfg), keys, cfg.dropout, salt=2)
+            extras = {}
+            if "moe" in p:
+                segments = side.get("segments")
+                valid = None if segments is None else segments[0] > 0
+                h, extras = moe.layer(p["moe"], h, valid, cfg)
+                extras["expert_load"] = _at_layer(extras["expert_load"], i, cfg.n_layers)
+            else:
+                h = layers.mlp(p["mlp"], h, cfg)
+            x = x + layers.dropout(h, keys, cfg.dropout, salt=2)
             x = x if pre else layers.norm(p["mlp_norm"], x, cfg)
-        return x, cache_layers, jnp.zeros(x.shape[0], jnp.float32)
+        return x, cache_layers, extras
 
-    x, cache_layers, _ = stack(
-        block, params["layers"], x, side, cache.layers if cache is not None else None, cfg=cfg
-    )
+    extras = {}
+    if cfg.moe.n_experts:
+        shapes = moe.extras_shapes(cfg, B) | {"expert_load": (B, cfg.n_layers, cfg.moe.n_experts)}
+        extras = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
+    layer_cache = cache.layers if cache is not None else None
+    x, cache_layers, extras = stack(block, params["layers"], x, side, layer_cache, extras, cfg=cfg)
     if cfg.norm_position == "pre":
         x = layers.norm(params["final_norm"], x, cfg)
     if cache is not None:
         cache = cache.replace(layers=cache_layers, index=cache.index + L)
-    return Hidden(x=x, cache=cache, penalties={})
+    if "dropped" in extras:
+        extras["dropped"] = extras["dropped"] / cfg.moe.top_k  # a share of the assignments
+    extras = {n: e if n == "expert_load" else e / cfg.n_layers for n, e in extras.items()}
+    penalties = {n: extras.pop(n) for n in moe.PENALTIES if n in extras}
+    return Hidden(x=x, cache=cache, penalties=penalties, stats=extras)
 
 
 def scores(
@@ -133,7 +153,7 @@ def scores(
             chunk=cfg.head_chunk,
             want=want,
         )
-    return Scores(**terms, penalties=out.penalties, cache=out.cache)
+    return Scores(**terms, penalties=out.penalties, stats=out.stats, cache=out.cache)
 
 
 def logits(params: PyTree, x_BxLxD: Array, cfg: ModelConfig) -> Array:
@@ -156,6 +176,11 @@ def init_cache(params: PyTree, batch: Batch, cfg: ModelConfig, length: int) -> C
         positions=jnp.zeros((B, length), jnp.int32),
         index=jnp.int32(0),
     )
+
+
+def _at_layer(x_BxE: Array, i: Array, n_layers: int) -> Array:
+    """[B, E] of layer i -> [B, M, E], zero elsewhere, so that sums over layers keep them apart."""
+    return (jnp.arange(n_layers) == i)[None, :, None] * x_BxE[:, None, :]
 
 
 def head_table(params: PyTree) -> Array:

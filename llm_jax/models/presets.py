@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from llm_jax.config import ModelConfig
+from llm_jax.config import ModelConfig, MoEConfig
 
 
 def gpt2(**sizes) -> ModelConfig:
@@ -49,6 +49,29 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
     ),
     "llama2-13b": lambda: llama(
         vocab_size=32_000, n_layers=40, n_heads=40, d_model=5120, d_ff=13_824
+    ),
+    "llama2-70b": lambda: llama(
+        vocab_size=32_000, n_layers=80, n_heads=64, kv_heads=8, d_model=8192, d_ff=28_672
+    ),
+    # Jiang et al. 2024: eight experts a layer, a token goes through two of them.
+    "mixtral-8x7b": lambda: llama(
+        vocab_size=32_000,
+        n_layers=32,
+        n_heads=32,
+        kv_heads=8,
+        d_model=4096,
+        d_ff=14_336,
+        rope_theta=1_000_000.0,
+        moe=MoEConfig(n_experts=8, top_k=2, balance_loss=0.02, z_loss=0.0),
+    ),
+    "llama3-405b": lambda: llama(
+        vocab_size=128_256,
+        n_layers=126,
+        n_heads=128,
+        kv_heads=8,
+        d_model=16_384,
+        d_ff=53_248,
+        rope_theta=500_000.0,
     ),
     # The shape of Llama 3.2 1B at its pretraining context (no rope scaling).
     "llama3.2-1b": lambda: llama(

@@ -1,8 +1,10 @@
 """The output head fused with what losses need of it: per-token numbers, never [B, L, V] logits.
 
-Tokens go through in chunks; the backward pass recomputes a chunk's logits. Under a mesh both
-passes are fully manual `shard_map`s, with the vocabulary cut along "tensor": only per-token
-vectors cross devices within a chunk, and the head's gradient is reduced once.
+The vocabulary goes through in chunks with a running softmax; the backward pass recomputes a
+chunk's logits. Under a mesh both passes are fully manual `shard_map`s: the vocabulary is cut along
+"tensor", and of a table whose width is cut (fully sharded data parallelism) each chunk gathers its
+own rows, so that neither the whole table nor its whole gradient is ever on one device. Per-token
+vectors cross devices once a pass.
 """
 
 from functools import partial
@@ -15,9 +17,10 @@ from llm_jax import sharding
 from llm_jax.types import Array
 
 MASKED = -1e30
-# Logits per chunk by default: 64 MB of float32 on a CPU, 1 GB where large matmuls matter more.
+# Logits per chunk by default: 64 MB of float32 on a CPU, 256 MB where large matmuls matter more.
 CHUNK_LOGITS = {"cpu": 1 << 24}
-CHUNK_LOGITS_DEFAULT = 1 << 28
+CHUNK_LOGITS_DEFAULT = 1 << 26
+MIN_CHUNK = 512
 TERMS = ("log_probs", "log_z", "correct", "entropy", "mean_log_probs")
 
 
@@ -30,6 +33,9 @@ class Shape(NamedTuple):
     want: tuple[str, ...]
     tensor: str | None = None  # mesh axis the vocabulary is cut along
     rows: tuple[str, ...] = ()  # mesh axes the tokens are cut along
+    width: tuple[
+        str, ...
+    ] = ()  # mesh axes the table's width is cut along; tokens are cut there too
 
 
 def logits(table_VxD: Array, x: Array, *, vocab_size: int, softcap: float) -> Array:
@@ -54,22 +60,23 @@ def token_scores(
 ) -> dict[str, Array]:
     """The numbers of TERMS in `want`, each float32 [B, L], of softmax(x @ table.T) at the targets.
 
-    `chunk` tokens are worked on at a time (0: by vocabulary size). If all tokens fit in one chunk
-    its logits are kept for the backward pass. All but "correct" are differentiable in table and x.
+    `chunk` rows of the table are worked on at a time (0: by the number of tokens). If there is one
+    chunk its logits are kept for the backward pass. All but "correct" are differentiable in table
+    and x.
     """
     if unknown := set(want) - set(TERMS):
         raise ValueError(f"unknown scores {sorted(unknown)}; there are {', '.join(TERMS)}")
     mesh = sharding.ambient_mesh()
-    if mesh is None:
-        shape = Shape(vocab_size, softcap, chunk, want)
-    else:
-        rows = tuple(
-            a for a in sharding.RULES["batch"] + sharding.RULES["length"] if mesh.shape[a] > 1
+    shape = Shape(vocab_size, softcap, chunk, want)
+    if mesh is not None:
+        cut = lambda *names: tuple(  # noqa: E731
+            a for name in names for a in sharding.RULES[name] if mesh.shape[a] > 1
         )
-        tensor = "tensor" if mesh.shape["tensor"] > 1 else None
-        shape = Shape(vocab_size, softcap, chunk, want, tensor, rows)
-        # Gathered over fsdp here, so that each chunk finds the embed axis whole.
-        table_VxD = sharding.constrain(table_VxD, "vocab", None)
+        shape = shape._replace(
+            tensor="tensor" if mesh.shape["tensor"] > 1 else None,
+            rows=cut("batch", "length"),
+            width=cut("embed"),
+        )
         x_BxLxD = sharding.constrain(x_BxLxD, "batch", "length", None)
     return dict(
         zip(
@@ -98,7 +105,7 @@ def _over_mesh(f, inputs: tuple, outputs: tuple):
     )
 
 
-TABLE, ROWS, TOKENS = ("vocab", None), ("batch", "length", None), ("batch", "length")
+TABLE, ROWS, TOKENS = ("vocab", "embed"), ("batch", "length", None), ("batch", "length")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -133,98 +140,112 @@ def _scores_backward(shape: Shape, saved: tuple, grads: tuple[Array, ...]) -> tu
 _scores.defvjp(_scores_forward, _scores_backward)
 
 
-def _chunk_size(V_local: int, shape: Shape) -> int:
-    budget = CHUNK_LOGITS.get(jax.default_backend(), CHUNK_LOGITS_DEFAULT)
-    return shape.chunk or max(256, budget // V_local)
+def _chunks(V: int, N: int, shape: Shape) -> tuple[int, int]:
+    """(number of chunks, rows of the table in each) for V rows and N tokens of one device."""
+    budget = CHUNK_LOGITS.get(sharding.platform(), CHUNK_LOGITS_DEFAULT)
+    n = -(-V // (shape.chunk or max(MIN_CHUNK, budget // N)))
+    return n, -(-V // n)
 
 
 def _keeps_logits(table: Array, x: Array, shape: Shape) -> bool:
-    """Whether one device's tokens fit in one chunk; the shapes here are global."""
+    """Whether one device's vocabulary is one chunk; the shapes here are global."""
     mesh, n_rows, n_vocab = sharding.ambient_mesh(), 1, 1
     if mesh is not None:
         n_vocab = mesh.shape[shape.tensor] if shape.tensor else 1
         for axis in shape.rows:
             n_rows *= mesh.shape[axis]
-    return x.shape[0] * x.shape[1] // n_rows <= _chunk_size(table.shape[0] // n_vocab, shape)
+    return _chunks(table.shape[0] // n_vocab, x.shape[0] * x.shape[1] // n_rows, shape)[0] == 1
 
 
-def _columns(V: int, shape: Shape) -> Array:
-    """Ids of this device's columns, int32 [1, V]."""
+def _split(table_VxD: Array, n: int, size: int, shape: Shape) -> tuple[Array, Array]:
+    """The table in chunks [n, size, D or less], padded, and the ids of their rows, int32 [n, size];
+    rows that are padding have ids past the vocabulary."""
+    V = table_VxD.shape[0]
     first = jax.lax.axis_index(shape.tensor) * V if shape.tensor else 0
-    return (first + jnp.arange(V))[None, :]
+    local = jnp.arange(n * size)
+    ids = jnp.where(local < V, first + local, shape.vocab_size)
+    table = jnp.pad(table_VxD, ((0, n * size - V), (0, 0)))
+    return table.reshape(n, size, -1), ids.reshape(n, size)
 
 
-def _reduce(x: Array, shape: Shape, over=jax.lax.psum) -> Array:
-    return over(x, shape.tensor) if shape.tensor else x
+def _gather(rows: Array, shape: Shape) -> Array:
+    """A chunk's rows in their whole width."""
+    return jax.lax.all_gather(rows, shape.width, axis=1, tiled=True) if shape.width else rows
 
 
-def _capped_logits(table: Array, x: Array, columns: Array, shape: Shape) -> Array:
-    z = jnp.einsum("nd,vd->nv", x, table, preferred_element_type=jnp.float32)
+def _capped_logits(rows: Array, x: Array, ids: Array, shape: Shape) -> Array:
+    z = jnp.einsum("nd,vd->nv", x, rows, preferred_element_type=jnp.float32)
     if shape.softcap:
         z = shape.softcap * jnp.tanh(z / shape.softcap)
-    if shape.tensor or table.shape[0] > shape.vocab_size:
-        z = jnp.where(columns < shape.vocab_size, z, MASKED)
-    return z
+    return jnp.where((ids < shape.vocab_size)[None, :], z, MASKED)
 
 
-def _target_logit(z: Array, targets: Array, columns: Array, shape: Shape) -> Array:
-    if not shape.tensor:
-        return jnp.take_along_axis(z, targets[:, None], axis=1, mode="clip")[:, 0]
-    return _reduce(jnp.sum(jnp.where(columns == targets[:, None], z, 0.0), axis=1), shape)
+class _Sums(NamedTuple):
+    """What is known of each token's softmax so far, float32 [N]."""
+
+    top: Array  # largest logit
+    total: Array  # sum of exp(z - top)
+    at_target: Array  # the target's logit, 0 while it has not been seen
+    weighted: Array  # sum of z exp(z - top), for the entropy
+    plain: Array  # sum of z
 
 
-def _chunked(shape: Shape, V: int, N: int) -> tuple[int, int]:
-    """(number of chunks, tokens in each); the last one may be padded."""
-    n = -(-N // _chunk_size(V, shape))
-    return n, -(-N // n)
-
-
-def _split(x: Array, n: int, size: int) -> Array:
-    """[N, ...] -> [n, size, ...], padded with zeros."""
-    x = jnp.pad(x, ((0, n * size - x.shape[0]),) + ((0, 0),) * (x.ndim - 1))
-    return x.reshape(n, size, *x.shape[1:])
-
-
-def _forward(table: Array, x_BxLxD: Array, targets_BxL: Array, *, shape: Shape, keep: bool):
+def _forward(table_VxD: Array, x_BxLxD: Array, targets_BxL: Array, *, shape: Shape, keep: bool):
     B, L, D = x_BxLxD.shape
-    V = table.shape[0]
-    columns = _columns(V, shape)
-    n_real = shape.vocab_size
-
-    def one(args):
-        x, targets = args
-        z = _capped_logits(table, x, columns, shape)
-        top = _reduce(jax.lax.stop_gradient(jnp.max(z, axis=1)), shape, jax.lax.pmax)
-        e = jnp.exp(z - top[:, None])
-        log_z = top + jnp.log(_reduce(jnp.sum(e, axis=1), shape))
-        at_target = _target_logit(z, targets, columns, shape)
-        out = {
-            "log_probs": at_target - log_z,
-            "log_z": log_z,
-            "correct": (at_target >= top).astype(jnp.float32),
-        }
-        if "entropy" in shape.want:
-            p = jnp.exp(z - log_z[:, None])
-            out["entropy"] = log_z - _reduce(jnp.sum(p * jnp.where(p > 0, z, 0.0), axis=1), shape)
-        if "mean_log_probs" in shape.want:
-            real = jnp.where(columns < n_real, z, 0.0)
-            out["mean_log_probs"] = _reduce(jnp.sum(real, axis=1), shape) / n_real - log_z
-        entropy = out.get("entropy", log_z)
-        return tuple(out[name] for name in shape.want), log_z, entropy, z if keep else None
-
     x, targets = x_BxLxD.reshape(B * L, D), targets_BxL.reshape(B * L)
-    n, size = _chunked(shape, V, B * L)
+    n, size = _chunks(table_VxD.shape[0], B * L, shape)
+    chunks = _split(table_VxD, n, size, shape)
+
+    def one(sums: _Sums, chunk: tuple[Array, Array]) -> tuple[_Sums, Array | None]:
+        rows, ids = chunk
+        z = _capped_logits(_gather(rows, shape), x, ids, shape)
+        real = (ids < shape.vocab_size)[None, :]
+        top = jnp.maximum(sums.top, jnp.max(z, axis=1))
+        fade, e = jnp.exp(sums.top - top), jnp.exp(z - top[:, None])
+        weighted, plain = sums.weighted, sums.plain
+        if "entropy" in shape.want:
+            weighted = weighted * fade + jnp.sum(e * jnp.where(real, z, 0.0), axis=1)
+        if "mean_log_probs" in shape.want:
+            plain = plain + jnp.sum(jnp.where(real, z, 0.0), axis=1)
+        hit = ids[None, :] == targets[:, None]
+        new = _Sums(
+            top,
+            sums.total * fade + jnp.sum(e, axis=1),
+            sums.at_target + jnp.sum(jnp.where(hit, z, 0.0), axis=1),
+            weighted,
+            plain,
+        )
+        return new, z if keep else None
+
+    zero = jnp.zeros(B * L, jnp.float32)
+    start = _Sums(jnp.full(B * L, MASKED), zero, zero, zero, zero)
     if n == 1:
-        out, log_z, entropy, z = one((x, targets))
+        sums, kept = one(start, (chunks[0][0], chunks[1][0]))
     else:
-        out, log_z, entropy, z = jax.lax.map(one, (_split(x, n, size), _split(targets, n, size)))
-    rows = lambda a: a.reshape(n * size)[: B * L].reshape(B, L)  # noqa: E731
-    z = z.reshape(B, L, V) if keep else None
-    return tuple(rows(a) for a in out), (rows(log_z), rows(entropy), z)
+        sums, kept = jax.lax.scan(one, start, chunks)
+    top, total, at_target, weighted, plain = sums
+    if shape.tensor:
+        top = jax.lax.pmax(top, shape.tensor)
+        fade = jnp.exp(sums.top - top)
+        total, at_target, weighted, plain = jax.lax.psum(
+            (total * fade, at_target, weighted * fade, plain), shape.tensor
+        )
+    log_z = top + jnp.log(total)
+    entropy = log_z - weighted / total
+    out = {
+        "log_probs": at_target - log_z,
+        "log_z": log_z,
+        "correct": (at_target >= top).astype(jnp.float32),
+        "entropy": entropy,
+        "mean_log_probs": plain / shape.vocab_size - log_z,
+    }
+    tokens = lambda a: a.reshape(B, L)  # noqa: E731
+    kept = kept.reshape(B, L, size) if keep else None
+    return tuple(tokens(out[name]) for name in shape.want), (tokens(log_z), tokens(entropy), kept)
 
 
 def _backward(
-    table: Array,
+    table_VxD: Array,
     x_BxLxD: Array,
     targets_BxL: Array,
     residuals: tuple,
@@ -233,51 +254,46 @@ def _backward(
     shape: Shape,
 ):
     B, L, D = x_BxLxD.shape
-    V = table.shape[0]
-    N = B * L
-    columns = _columns(V, shape)
+    V, N = table_VxD.shape[0], B * L
+    x, targets = x_BxLxD.reshape(N, D), targets_BxL.reshape(N)
     log_z, entropy, kept = residuals
-    n, size = _chunked(shape, V, N)
+    log_z, entropy = log_z.reshape(N, 1), entropy.reshape(N, 1)
+    g = {name: grad.reshape(N, 1) for name, grad in zip(shape.want, grads, strict=True)}
+    zero = jnp.zeros_like(log_z)
+    g_target, g_mean = g.get("log_probs", zero), g.get("mean_log_probs", zero)
+    n, size = _chunks(V, N, shape)
+    chunks = _split(table_VxD, n, size, shape)
 
-    def one(x, targets, log_z, entropy, z, grads):
-        g = dict(zip(shape.want, grads, strict=True))
-        zero = jnp.zeros_like(log_z)
-        g_target, g_mean = g.get("log_probs", zero), g.get("mean_log_probs", zero)
+    def one(d_x: Array, chunk: tuple[Array, Array], z: Array | None = None) -> tuple[Array, Array]:
+        rows, ids = _gather(chunk[0], shape), chunk[1]
+        real = (ids < shape.vocab_size)[None, :]
         if z is None:
-            z = _capped_logits(table, x, columns, shape)
-        p = jnp.exp(z - log_z[:, None])
-        dz = p * (g.get("log_z", zero) - g_target - g_mean)[:, None]
-        dz = dz + jnp.where(columns == targets[:, None], g_target[:, None], 0.0)
+            z = _capped_logits(rows, x, ids, shape)
+        p = jnp.exp(z - log_z)
+        dz = p * (g.get("log_z", zero) - g_target - g_mean)
+        dz = dz + jnp.where(ids[None, :] == targets[:, None], g_target, 0.0)
         if "entropy" in g:
-            dz = (
-                dz
-                - p * jnp.where(p > 0, z - (log_z - entropy)[:, None], 0.0) * g["entropy"][:, None]
-            )
+            dz = dz - p * jnp.where(p > 0, z - (log_z - entropy), 0.0) * g["entropy"]
         if "mean_log_probs" in g:
-            dz = dz + jnp.where(columns < shape.vocab_size, g_mean[:, None] / shape.vocab_size, 0.0)
+            dz = dz + jnp.where(real, g_mean / shape.vocab_size, 0.0)
         if shape.softcap:
-            dz = dz * (
-                1.0 - jnp.square(jnp.where(columns < shape.vocab_size, z, 0.0) / shape.softcap)
-            )
+            dz = dz * (1.0 - jnp.square(jnp.where(real, z, 0.0) / shape.softcap))
         dz = dz.astype(x.dtype)
-        d_table = jnp.einsum("nv,nd->vd", dz, x, preferred_element_type=jnp.float32)
-        d_x = jnp.einsum("nv,vd->nd", dz, table, preferred_element_type=jnp.float32)
-        return d_table, _reduce(d_x, shape).astype(x.dtype)
+        d_rows = jnp.einsum("nv,nd->vd", dz, x, preferred_element_type=jnp.float32)
+        d_x = d_x + jnp.einsum("nv,vd->nd", dz, rows, preferred_element_type=jnp.float32)
+        if shape.width:
+            d_rows = jax.lax.psum_scatter(d_rows, shape.width, scatter_dimension=1, tiled=True)
+        if over := tuple(a for a in shape.rows if a not in shape.width):
+            d_rows = jax.lax.psum(d_rows, over)
+        return d_x, d_rows
 
-    flat = (x_BxLxD.reshape(N, D), targets_BxL.reshape(N), log_z.reshape(N), entropy.reshape(N))
-    grads = tuple(g.reshape(N) for g in grads)
+    start = jnp.zeros((N, D), jnp.float32)
     if n == 1:
-        d_table, d_x = one(*flat, None if kept is None else kept.reshape(N, V), grads)
+        kept = None if kept is None else kept.reshape(N, size)
+        d_x, d_table = one(start, (chunks[0][0], chunks[1][0]), kept)
     else:
-
-        def body(total, args):
-            *rest, g = args
-            d_table, d_x = one(*rest, None, g)
-            return total + d_table, d_x
-
-        chunks = (*(_split(a, n, size) for a in flat), tuple(_split(g, n, size) for g in grads))
-        d_table, d_x = jax.lax.scan(body, jnp.zeros((V, D), jnp.float32), chunks)
-        d_x = d_x.reshape(n * size, D)[:N]
-    if shape.rows:
-        d_table = jax.lax.psum(d_table, shape.rows)
-    return d_table, d_x.reshape(B, L, D)
+        d_x, d_table = jax.lax.scan(one, start, chunks)
+    if shape.tensor:
+        d_x = jax.lax.psum(d_x, shape.tensor)
+    d_table = d_table.reshape(n * size, -1)[:V]
+    return d_table, d_x.astype(x.dtype).reshape(B, L, D)

@@ -23,21 +23,28 @@ def dense(p: PyTree, x_BxLxD: Array, axes: tuple[str, str]) -> Array:
     """x @ w + bias over the last axis: [B, L, d_in] -> [B, L, d_out].
 
     `axes` are the logical axes of w. Its "embed" axis is gathered before the product (fully
-    sharded data parallelism); its other axis stays cut (tensor parallelism).
+    sharded data parallelism); its other axis stays cut (tensor parallelism). What reads the
+    residual stream gathers its length, what writes to it leaves its length cut: `sharding.stream`.
     """
     w = p["w"]
     if not isinstance(w, weights.Weight):
         w = sharding.constrain(w, *(None if a == "embed" else a for a in axes))
     B, L, D = x_BxLxD.shape
     mesh = sharding.ambient_mesh()
-    if mesh is not None and mesh.shape["context"] > 1:
-        y = weights.matmul(w, x_BxLxD)  # flattening would gather a length-sharded activation
+    if axes[0] == "embed":
+        x_BxLxD = sharding.constrain(x_BxLxD, "batch", "length", None)
+    if mesh is not None and mesh.shape["context"] * mesh.shape["tensor"] > 1:
+        y = weights.matmul(w, x_BxLxD)  # flattening would gather a length that is cut
     else:
         y = weights.matmul(w, x_BxLxD.reshape(B * L, D)).reshape(B, L, -1)  # twice as fast on CPU
+    y = (
+        sharding.stream(y)
+        if axes[1] == "embed"
+        else sharding.constrain(y, "batch", "length", axes[1])
+    )
     if "bias" in p:
         y = y + p["bias"].astype(y.dtype)[None, None, :]
-    out = None if axes[1] == "embed" else axes[1]
-    return sharding.constrain(y, "batch", "length", out)
+    return y
 
 
 def embed(table_VxD: Array, ids_BxL: Array) -> Array:
@@ -45,7 +52,8 @@ def embed(table_VxD: Array, ids_BxL: Array) -> Array:
     if not isinstance(table_VxD, weights.Weight):
         # Taking rows of a table that is cut along D would rematerialise it whole on each device.
         table_VxD = sharding.constrain(table_VxD, "vocab", None)
-    return sharding.constrain(weights.rows(table_VxD, ids_BxL), "batch", "length", None)
+    rows_BxLxD = sharding.constrain(weights.rows(table_VxD, ids_BxL), "batch", "length", None)
+    return sharding.stream(rows_BxLxD)
 
 
 def norm_specs(cfg: ModelConfig, width: int) -> PyTree:
@@ -69,9 +77,9 @@ def norm(p: PyTree, x: Array, cfg: ModelConfig) -> Array:
     return y.astype(x.dtype)
 
 
-def mlp_specs(cfg: ModelConfig, out_std: float) -> PyTree:
-    """ "up" and "down", and "gate" for gated activations."""
-    D, F = cfg.d_model, cfg.d_ff
+def mlp_specs(cfg: ModelConfig, out_std: float, d_ff: int = 0) -> PyTree:
+    """ "up" and "down", and "gate" for gated activations; `d_ff` replaces the config's."""
+    D, F = cfg.d_model, d_ff or cfg.d_ff
     specs = {
         "up": dense_specs(D, F, ("embed", "mlp"), cfg.init_std, cfg.mlp_bias),
         "down": dense_specs(F, D, ("mlp", "embed"), out_std, cfg.mlp_bias),

@@ -1,65 +1,97 @@
-"""How layers are stacked: a scan or a Python loop over the same block, with rematerialisation."""
+"""How layers are stacked: a scan or a Python loop over the same block, or a pipeline of stages."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from llm_jax import sharding
 from llm_jax.config import ModelConfig
+from llm_jax.nn import pipeline
 from llm_jax.types import Array, PyTree
 
-Block = Callable[[PyTree, Array, PyTree, PyTree, Array], tuple[Array, PyTree, Array]]
+Block = Callable[[PyTree, Array, PyTree, PyTree, Array], tuple[Array, PyTree, dict[str, Array]]]
 
 
-def remat(block: Block, policy: str) -> Block:
+def remat(block: Block, cfg: ModelConfig) -> Block:
     """The block under `jax.checkpoint`: "full" keeps its input alone, "dots" the results of
     matmuls without a batch dimension, "attention" the attention output."""
     policies = jax.checkpoint_policies
-    match policy:
+    match cfg.remat:
         case "none":
             return block
         case "full":
-            return jax.checkpoint(block, policy=policies.nothing_saveable)
+            keep = policies.nothing_saveable
         case "dots":
-            return jax.checkpoint(block, policy=policies.dots_with_no_batch_dims_saveable)
+            keep = policies.dots_with_no_batch_dims_saveable
         case "attention":
-            return jax.checkpoint(block, policy=policies.save_only_these_names("attention"))
-    raise ValueError(f"model.remat={policy!r} is unknown")
+            keep = policies.save_only_these_names("attention")
+        case other:
+            raise ValueError(f"model.remat={other!r} is unknown")
+    # In a scan the forward and the backward pass are loops of their own, and nothing can be shared
+    # between them; the barriers that would prevent it only cost memory.
+    return jax.checkpoint(block, policy=keep, prevent_cse=not cfg.scan)
 
 
 def stack(
-    block: Block, params: PyTree, x_BxLxD: Array, side: PyTree, cache: PyTree, *, cfg: ModelConfig
-) -> tuple[Array, PyTree, Array]:
-    """Runs `block(p, x, side, cache, i) -> (x, cache, penalty [B])` for each layer i in turn.
+    block: Block,
+    params: PyTree,
+    x_BxLxD: Array,
+    side: PyTree,
+    cache: PyTree,
+    extras: dict[str, Array] | None = None,
+    *,
+    cfg: ModelConfig,
+) -> tuple[Array, PyTree, dict[str, Array]]:
+    """Runs `block(p, x, side, cache, i) -> (x, cache, more)` for each layer i in turn.
 
-    `params` leaves are stacked on a leading layer axis. The cache is a carry that blocks write
-    slices of; penalties add up. Returns x, the cache and the summed penalties float32 [B].
+    `params` leaves are stacked on a leading layer axis; `side` leaves lead with B. The cache is a
+    carry that blocks write slices of. What blocks return besides is added to `extras`, named
+    arrays [B, ...]. Returns x, the cache and the sums.
     """
-    n_layers = jax.tree.leaves(params)[0].shape[0]
-    block = remat(block, cfg.remat)
-    penalty_B = jnp.zeros(x_BxLxD.shape[0], jnp.float32)
+    block, extras = remat(block, cfg), extras or {}
+    mesh = sharding.ambient_mesh()
+    if mesh is not None and mesh.shape["stage"] > 1 and cache is None:
 
+        def run(params, x, side, extras, first):
+            x, _, extras = _in_turn(block, params, x, side, None, extras, first, cfg)
+            return x, extras
+
+        x_BxLxD, extras = pipeline.run(run, params, x_BxLxD, side, extras, cfg)
+        return x_BxLxD, None, extras
+    return _in_turn(block, params, x_BxLxD, side, cache, extras, jnp.int32(0), cfg)
+
+
+def _in_turn(
+    block: Block,
+    params: PyTree,
+    x: Array,
+    side: PyTree,
+    cache: PyTree,
+    extras: dict[str, Array],
+    first: Array,
+    cfg: ModelConfig,
+) -> tuple[Array, PyTree, dict[str, Array]]:
+    """The layers of `params` one after the other, numbered from `first`."""
+    n_layers = jax.tree.leaves(params)[0].shape[0]
     if cfg.scan:
 
         def body(carry, layer):
-            x, cache, penalty = carry
+            x, cache, extras = carry
             p, i = layer
             x, cache, more = block(p, x, side, cache, i)
-            return (x, cache, penalty + more), None
+            return (x, cache, {n: extras[n] + more[n] for n in extras}), None
 
-        (x_BxLxD, cache, penalty_B), _ = jax.lax.scan(
-            body,
-            (x_BxLxD, cache, penalty_B),
-            (params, jnp.arange(n_layers)),
-            unroll=cfg.scan_unroll,
+        carry, _ = jax.lax.scan(
+            body, (x, cache, extras), (params, first + jnp.arange(n_layers)), unroll=cfg.scan_unroll
         )
-        return x_BxLxD, cache, penalty_B
+        return carry
 
     # The transpose of split is one concatenation; that of slices would be n_layers padded sums.
     leaves, tree = jax.tree.flatten(params)
     split = [jax.lax.split(leaf, [1] * n_layers, axis=0) for leaf in leaves]
     for i in range(n_layers):
         p = tree.unflatten([pieces[i].reshape(pieces[i].shape[1:]) for pieces in split])
-        x_BxLxD, cache, more = block(p, x_BxLxD, side, cache, jnp.int32(i))
-        penalty_B = penalty_B + more
-    return x_BxLxD, cache, penalty_B
+        x, cache, more = block(p, x, side, cache, first + i)
+        extras = {n: extras[n] + more[n] for n in extras}
+    return x, cache, extras

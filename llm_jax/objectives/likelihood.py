@@ -1,5 +1,7 @@
 """Likelihood objectives: functions of Scores, Batch and numbers."""
 
+from collections.abc import Mapping
+
 import chex
 import jax.numpy as jnp
 
@@ -7,13 +9,23 @@ from llm_jax.types import Batch, Loss, Mean, Scores
 
 
 def cross_entropy(
-    scores: Scores, batch: Batch, *, z_loss: float = 0.0, label_smoothing: float = 0.0
+    scores: Scores,
+    batch: Batch,
+    *,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    penalties: Mapping[str, float] | None = None,
 ) -> Loss:
     """Token cross-entropy, in nats: -(1 - e) log p(target) - e mean_v log p(v) + z_loss * log_z^2.
 
     e is `label_smoothing` (Szegedy et al. 2016), the last term PaLM's z-loss (Chowdhery et al.
-    2022), which keeps the softmax denominator near 1. Each target counts by its weight. Metrics:
-    `nll` without smoothing and z-loss, `accuracy`, and `nats_per_byte`.
+    2022), which keeps the softmax denominator near 1. Each target counts by its weight. To this
+    come the model's own `scores.penalties`, means over the tokens of the batch, times their scale
+    in `penalties`. Metrics: `nll` without smoothing and z-loss, `accuracy`, `nats_per_byte`, and
+    the model's own `scores.stats`.
+
+    Raises:
+      ValueError: the model has a penalty without a scale.
     """
     chex.assert_rank([scores.log_probs, batch.weights], 2)
     chex.assert_equal_shape([scores.log_probs, batch.weights])
@@ -30,7 +42,22 @@ def cross_entropy(
     if batch.bytes is not None:
         counted = jnp.where(w > 0, batch.bytes, 0).astype(jnp.float32)
         metrics["nats_per_byte"] = Mean(nll.total, jnp.sum(counted))
+    tokens = _tokens(batch)
+    for name, sum_B in scores.penalties.items():
+        if name not in (penalties or {}):
+            raise ValueError(f"the penalty {name!r} of the model has no scale")
+        terms[name] = Mean(jnp.sum(sum_B), tokens)
+        scales[name] = penalties[name]
+    for name, sum_Bx in scores.stats.items():
+        metrics[name] = Mean(jnp.sum(sum_Bx, axis=0), tokens)
     return Loss(terms=terms, scales=scales, metrics=metrics)
+
+
+def _tokens(batch: Batch) -> jnp.ndarray:
+    """Tokens of the batch that are not padding, float32 scalar."""
+    if batch.segments is None:
+        return jnp.float32(batch.tokens.size)
+    return jnp.sum(batch.segments > 0, dtype=jnp.float32)
 
 
 def wanted(label_smoothing: float) -> tuple[str, ...]:

@@ -62,7 +62,7 @@ class Checkpoints:
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self.directory,
             item_names=ITEMS,
             options=ocp.CheckpointManagerOptions(
@@ -107,12 +107,7 @@ class Checkpoints:
 
     def _check_space(self, state: TrainState) -> None:
         # A write that fails half-way leaves pages of Orbax's and tensorstore's tracebacks.
-        need = sum(
-            s.data.nbytes
-            for x in jax.tree.leaves(state)
-            for s in x.addressable_shards
-            if s.replica_id == 0
-        )
+        need = sum(x.nbytes for x in jax.tree.leaves(state))  # of all processes
         free = shutil.disk_usage(self.directory).free
         if need > free:
             raise OSError(
@@ -169,6 +164,12 @@ class Checkpoints:
 
     def _named_errors(self, step: int | None):
         return _SaveErrors(self, step)
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """The loop decides when to stop; Orbax asking with another count would confuse jax's."""
+        return False
 
 
 class _SaveErrors:

@@ -4,11 +4,13 @@ Resume order: (1) data and tokenizer are prepared or found again, (2) the config
 frozen, (3) mesh and program, (4) the loader, whose batch is a function of (seed, step) alone,
 (5) the state: the last checkpoint of this run, or the parameters of `checkpoint.init_from`, or a
 fresh start, (6) steps from where the state stands.
+
+With several processes each runs this same code on its share of the rows; process 0 alone writes and
+prints, and all of them stop at the same step.
 """
 
 import contextlib
 import json
-import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,17 +18,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from llm_jax import config as configs
 from llm_jax import sharding
 from llm_jax.config import TrainConfig
 from llm_jax.data import loader as data_loader
-from llm_jax.data.prepare import Corpus, prepare_corpus
+from llm_jax.data.prepare import Corpus, prepare_corpus, prepare_in
 from llm_jax.decode.generate import generate
 from llm_jax.eval import likelihood
 from llm_jax.nn.params import count, flatten
-from llm_jax.train import checkpoint, environment, summary
+from llm_jax.train import checkpoint, distributed, environment, summary
 from llm_jax.train.checkpoint import Checkpoints
 from llm_jax.train.metrics import (
     MetricsLog,
@@ -37,6 +38,8 @@ from llm_jax.train.metrics import (
     train_flops_per_token,
 )
 from llm_jax.train.program import Program, abstract_state, build, put
+from llm_jax.train.step import readable
+from llm_jax.train.watchdog import Watchdog
 from llm_jax.types import TrainState
 
 SIGTERM_EXIT = 143  # what a shell reports for a process that SIGTERM ended
@@ -69,19 +72,26 @@ def train(
       Interrupted: after SIGTERM or Ctrl-C, once the state is saved.
     """
     begin = time.perf_counter()
+    if "://" in str(workdir):
+        raise ValueError(
+            f"--workdir={workdir}: a run lives in folders; mount the bucket (gcsfuse, NFS) on all "
+            "machines and give the mounted folder"
+        )
     workdir = Path(workdir)
     environment.check_accelerator()
     environment.use_compilation_cache(cfg.log.compilation_cache)
     workdir.mkdir(parents=True, exist_ok=True)
+    distributed.check_shared(workdir)
     if debug:
         cfg.model.scan = False
         jax.config.update("jax_debug_nans", True)
         jax.config.update("jax_disable_jit", True)
 
     if cfg.checkpoint.init_from and not cfg.tokenizer.path:
-        base = checkpoint.load_tokenizer(cfg.checkpoint.init_from)
-        base.save(workdir / "tokenizer")
-        cfg.tokenizer.path = str(workdir / "tokenizer")
+        base, kept = checkpoint.load_tokenizer(cfg.checkpoint.init_from), workdir / "tokenizer"
+        cfg.tokenizer.path = distributed.from_main(
+            "tokenizer", lambda: base.save(kept) or str(kept)
+        )
     configs.validate(cfg)
     corpus = _prepare(cfg, workdir)
     configs.resolve_model(
@@ -98,7 +108,7 @@ def train(
     configs.validate(cfg)
     configs.freeze(cfg)
     mesh = sharding.make_mesh(cfg.mesh, devices)
-    peak = peak_flops(mesh.devices.flat[0]) * mesh.size
+    peak = peak_flops(mesh.local_devices[0]) * mesh.size
     with jax.set_mesh(mesh):
         run = _Run(cfg, workdir, corpus, build(cfg, mesh), peak)
         if dry_run:
@@ -108,12 +118,15 @@ def train(
 
 
 def _prepare(cfg: TrainConfig, workdir: Path) -> Corpus:
-    """Process 0 writes the shards; the others open what it has written."""
-    writer = jax.process_index() == 0
-    corpus = prepare_corpus(cfg.data, cfg.tokenizer, str(workdir)) if writer else None
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("the data is prepared")
-    return corpus or prepare_corpus(cfg.data, cfg.tokenizer, str(workdir), writer=False)
+    """Process 0 writes the shards, which takes as long as it takes; the others open them then."""
+    made: list[Corpus] = []
+
+    def prepare() -> str:
+        made.append(prepare_corpus(cfg.data, cfg.tokenizer, str(workdir)))
+        return made[0].directory
+
+    root = distributed.from_main("data", prepare)
+    return made[0] if made else prepare_in(root, cfg.data, cfg.tokenizer, writer=False)
 
 
 class _Run:
@@ -124,7 +137,8 @@ class _Run:
     ):
         self.cfg, self.workdir, self.corpus, self.program = cfg, workdir, corpus, program
         self.peak = peak
-        self.main = jax.process_index() == 0
+        self.main = distributed.is_main()
+        blocks, block_count = distributed.row_blocks(program.mesh)
         lengths = corpus.tokenizer.token_lengths()
         self.loader = data_loader.make_loader(
             corpus.train,
@@ -136,8 +150,8 @@ class _Run:
             seed=cfg.seed,
             token_lengths=lengths,
             shuffle=cfg.data.shuffle,
-            host_index=jax.process_index(),
-            host_count=jax.process_count(),
+            blocks=blocks,
+            block_count=block_count,
         )
         self.eval_batches = None
         if corpus.evaluation is not None:
@@ -149,12 +163,19 @@ class _Run:
                 isolate_documents=cfg.data.isolate_documents,
                 rows=cfg.eval.rows,
                 token_lengths=lengths,
-                host_index=jax.process_index(),
-                host_count=jax.process_count(),
+                blocks=blocks,
+                block_count=block_count,
             )
         self.tokens_per_step = cfg.batch_size * cfg.length
         self.flops_per_token = train_flops_per_token(program.specs, cfg.model, cfg.length)
         self.samples: list[dict] = []
+        distributed.check_equal(
+            {
+                "config": configs.to_dict(cfg),
+                "data": self.loader.identity,
+                "number of evaluation batches": len(self.eval_batches or ()),
+            }
+        )
 
     def describe(self) -> dict[str, Any]:
         """What would run, printed; nothing is compiled."""
@@ -174,7 +195,7 @@ class _Run:
             "training FLOPs": self.flops_per_token * self.tokens_per_step * cfg.steps,
         }
         for name, value in rows.items():
-            print(f"{name:32} {value:,}" if isinstance(value, int) else f"{name:32} {value}")
+            self._say(f"{name:32} {value:,}" if isinstance(value, int) else f"{name:32} {value}")
         return rows
 
     # The state ---------------------------------------------------------------------------------
@@ -203,6 +224,8 @@ class _Run:
     def train(self, begin: float) -> dict[str, Any]:
         cfg, program = self.cfg, self.program
         finished = self.workdir / "summary.json"
+        several = jax.process_count() > 1
+        watch = Watchdog(cfg.log.watchdog_minutes, distributed.positions if several else None)
         checkpoints = Checkpoints(
             self.workdir / "checkpoints", cfg, self.corpus.tokenizer, self.loader.identity
         )
@@ -221,7 +244,9 @@ class _Run:
         self.speed = Throughput(self.tokens_per_step)
         self.spikes = SpikeScore()
         self.last: dict[str, Any] = {}
-        stop = _StopSignals()
+        if several and self.eval_batches is not None and cfg.eval.sample_tokens:
+            self._say("note: several processes draw no samples; experiments.generate does it after")
+        stop = distributed.StopSignals()
         pending = None
         saved = start if start else None
         evaluated: dict[str, float] = {}
@@ -229,6 +254,7 @@ class _Run:
         self.speed.pause()
         try:
             for step in range(start + 1, cfg.steps + 1):
+                watch.mark("step", step)
                 self._profile(step)
                 batch = put(next(batches), program.mesh, cfg.accumulation)
                 state, metrics = program.step(state, batch)
@@ -236,7 +262,8 @@ class _Run:
                     # Of the step before this one: the device never waits for the host.
                     self._record(*pending)
                 pending = (step, metrics)
-                last = step == cfg.steps or stop.asked
+                stopping = stop.reached()
+                last = step == cfg.steps or stopping
                 evaluates = self.eval_batches is not None and (
                     step == cfg.steps or (cfg.eval.every and step % cfg.eval.every == 0)
                 )
@@ -245,12 +272,14 @@ class _Run:
                     jax.block_until_ready(metrics["loss"])
                     rate = self._rate(1)
                     if evaluates:
-                        evaluated = self._evaluate(state)
+                        evaluated = self._evaluate(state, watch)
                     self._record(step, metrics, extra=evaluated if evaluates else {}, rate=rate)
                     pending = None
-                    if evaluates and cfg.eval.sample_tokens:
+                    if evaluates and cfg.eval.sample_tokens and not several:
+                        watch.mark("samples after step", step)
                         self._sample(state, step)
                     if saves:
+                        watch.mark("saving step", step)
                         checkpoints.save(
                             state,
                             step,
@@ -259,7 +288,7 @@ class _Run:
                         )
                         saved = step
                     self.speed.pause()
-                if stop.asked:
+                if stopping:
                     break
         except NonFiniteError as e:
             checkpoints.save(self._good(state), int(state.step), None, wait=True)
@@ -267,13 +296,15 @@ class _Run:
                 f"{e}; the last good state is saved in {checkpoints.directory}"
             ) from None
         except BaseException:
-            with contextlib.suppress(OSError):
-                checkpoints.close()  # what is being written in the background is finished
+            if not several:  # the others are elsewhere: what is being written waits for them
+                with contextlib.suppress(OSError):
+                    checkpoints.close()  # what is being written in the background is finished
             raise
         finally:
             stop.restore()
             self.progress.close()
             self.log.close()
+            watch.stop()
         checkpoints.close()
         if stop.asked and int(state.step) < cfg.steps:
             self._say(
@@ -281,7 +312,9 @@ class _Run:
             )
             raise Interrupted(SIGTERM_EXIT)
         if not evaluated and self.eval_batches is not None:
-            evaluated = self._evaluate(state)  # the process died between its last save and here
+            evaluated = self._evaluate(
+                state, watch
+            )  # the process died between its last save and here
         return self._finish(state, evaluated, begin)
 
     def _good(self, state: TrainState) -> TrainState:
@@ -297,7 +330,7 @@ class _Run:
         """Reads a finished step's numbers; writes a line where one is due."""
         values = jax.device_get(metrics)
         squares, bad = values.pop("grad_squares"), int(values.pop("bad_steps"))
-        values = {k: float(v) for k, v in values.items()}
+        values = readable(values)
         if values.pop("weight") == 0:
             raise ValueError(
                 f"no target of step {step}'s batch counts (all weights are 0); see data.packing and the data"
@@ -365,14 +398,17 @@ class _Run:
                 "--config.optimizer.learning_rate or look at the data"
             )
 
-    def _evaluate(self, state: TrainState) -> dict[str, float]:
+    def _evaluate(self, state: TrainState, watch: Watchdog) -> dict[str, float]:
         params = self.program.params(state)
-        batches = (put(b, self.program.mesh) for b in self.eval_batches)
-        return likelihood.evaluate(self.program.evaluate, params, batches)
+
+        def batches():
+            for i, batch in enumerate(self.eval_batches):
+                watch.mark("evaluation batch", i)
+                yield put(batch, self.program.mesh)
+
+        return likelihood.evaluate(self.program.evaluate, params, batches())
 
     def _sample(self, state: TrainState, step: int) -> None:
-        if jax.process_count() > 1:
-            return  # sampling needs every host at the same loop count; `generate` does it after
         cfg = self.cfg.eval
         room = self.cfg.model.max_length if self.cfg.model.positions == "learned" else None
         n = cfg.sample_tokens if room is None else min(cfg.sample_tokens, room - 1)
@@ -390,14 +426,13 @@ class _Run:
         )
         for prompt, out in zip(cfg.prompts, outs, strict=True):
             self.samples.append({"step": step, "prompt": prompt, "text": out.text})
-        if self.main:
-            with (self.workdir / "samples.jsonl").open("a") as f:
-                for sample in self.samples[-len(outs) :]:
-                    f.write(json.dumps(sample) + "\n")
+        with (self.workdir / "samples.jsonl").open("a") as f:
+            for sample in self.samples[-len(outs) :]:
+                f.write(json.dumps(sample) + "\n")
 
     def _profile(self, step: int) -> None:
         log = self.cfg.log
-        if not log.profile_steps:
+        if not log.profile_steps or not self.main:
             return
         if step == log.profile_start + 1:
             jax.profiler.start_trace(str(self.workdir / "profile"))
@@ -421,25 +456,3 @@ class _Run:
     def _say(self, text: str) -> None:
         if self.main:
             print(text, flush=True)
-
-
-class _StopSignals:
-    """SIGTERM and the first Ctrl-C ask the loop to stop after the step it is in."""
-
-    def __init__(self):
-        self.asked = ""
-        self._old: dict[int, Any] = {}
-        try:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._old[number] = signal.signal(number, self._ask)
-        except ValueError:
-            pass  # not in the main thread (a notebook's worker): signals stay as they are
-
-    def _ask(self, number: int, _frame: Any) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = signal.Signals(number).name
-
-    def restore(self) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)

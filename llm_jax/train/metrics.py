@@ -12,36 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax import chips
 from llm_jax.config import ModelConfig
-from llm_jax.nn.params import count
+from llm_jax.nn.params import ParamSpec, count, flatten, unflatten
 from llm_jax.types import PyTree
-
-# Dense bfloat16 peak of one device, FLOP/s, by a part of its `device_kind` (vendors' data sheets).
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "V100": 125e12,
-    "T4": 65e12,
-    "TPU v6 lite": 918e12,
-    "TPU v5p": 459e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v4": 275e12,
-    "TPU v3": 123e12,
-    "TPU v2": 46e12,
-}
 
 
 def peak_flops(device: jax.Device) -> float:
     """FLOP/s that MFU is measured against: the data sheet's, or for a kind that is not listed
     (every CPU) the best of a few large float32 matmuls on it."""
-    for kind, flops in PEAK_FLOPS.items():
-        if kind.lower() in device.device_kind.lower():
-            return flops
+    chip = chips.by_kind(device.device_kind)
+    if chip is not None and chip.platform != "cpu":
+        return chip.peak_flops / chip.devices
     n = 1024
     x = jax.device_put(jnp.ones((n, n), jnp.float32), device)
     f = jax.jit(jnp.matmul)
@@ -55,14 +37,28 @@ def peak_flops(device: jax.Device) -> float:
     return 2 * n**3 / min(times) / len(jax.local_devices(backend=device.platform))
 
 
+def is_routed(spec: ParamSpec) -> bool:
+    """Whether a parameter belongs to one of many experts each (the router belongs to all)."""
+    return "expert" in spec.axes[:-1]
+
+
+def active_count(specs: PyTree, cfg: ModelConfig, *, embeddings: bool = True) -> float:
+    """Parameters that one token meets: of the routed experts, top_k of n_experts. Counted as
+    `nn.params.count` does."""
+    routed = {path: s for path, s in flatten(specs).items() if is_routed(s)}
+    share = cfg.moe.top_k / cfg.moe.n_experts if routed else 1.0
+    return count(specs, embeddings=embeddings) - (1 - share) * count(unflatten(routed))
+
+
 def train_flops_per_token(specs: PyTree, cfg: ModelConfig, length: int) -> float:
     """FLOPs of forward and backward per token: 6 N + 12 M H Dh L (Chowdhery et al. 2022).
 
-    N counts what is multiplied with: all parameters but the embedding tables, plus the output
-    head. The attention term is the full one, without the causal half.
+    N counts what a token is multiplied with: all parameters but the embedding tables, plus the
+    output head; of a layer's routed experts only the top_k that a token goes through. The
+    attention term is the full one, without the causal half.
     """
     head = -(-cfg.vocab_size // cfg.vocab_multiple) * cfg.vocab_multiple * cfg.d_model
-    n = count(specs, embeddings=False) + head
+    n = active_count(specs, cfg, embeddings=False) + head
     return 6 * n + 12 * cfg.n_layers * cfg.n_heads * cfg.head_dim * length
 
 

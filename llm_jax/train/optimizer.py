@@ -1,6 +1,7 @@
 """Optimizers and schedules from a config, which parameters they touch, and how their state is cut."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,10 @@ from llm_jax import sharding
 from llm_jax.config import OptimizerConfig
 from llm_jax.nn.params import ParamSpec, abstract, flatten, map_specs, select, unflatten
 from llm_jax.types import PyTree
+
+
+# Biases that balance a router's experts without a loss: not AdamW's, whatever optimizer is chosen.
+BALANCE_BIAS = re.compile(r"(^|/)router/bias$")
 
 
 def make_schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -67,8 +72,26 @@ def decay_mask(specs: PyTree, cfg: OptimizerConfig) -> PyTree:
     return unflatten(select(list(flat), cfg.decay_rules, "optimizer.decay_rules"))
 
 
-def make_optimizer(cfg: OptimizerConfig, steps: int, specs: PyTree) -> optax.GradientTransformation:
-    """The optimizer for the trainable `specs`. Clipping is the step's."""
+def make_optimizer(
+    cfg: OptimizerConfig, steps: int, specs: PyTree, balance_rate: float = 0.0
+) -> optax.GradientTransformation:
+    """The optimizer for the trainable `specs`. Clipping is the step's.
+
+    Routers' biases move by `balance_rate` against the sign of their gradient, which is each
+    expert's load above the mean (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+    """
+    optimizer = _make_optimizer(cfg, steps, specs)
+    labels = {p: "balance" if BALANCE_BIAS.search(p) else "learn" for p in flatten(specs)}
+    if "balance" not in labels.values():
+        return optimizer
+    return optax.partition(
+        {"learn": optimizer, "balance": optax.sign_sgd(balance_rate)}, unflatten(labels)
+    )
+
+
+def _make_optimizer(
+    cfg: OptimizerConfig, steps: int, specs: PyTree
+) -> optax.GradientTransformation:
     schedule = make_schedule(cfg, steps)
     mask = decay_mask(specs, cfg)
     match cfg.name:

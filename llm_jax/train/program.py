@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llm_jax import models, sharding
 from llm_jax.config import TrainConfig
 from llm_jax.nn import params as nn_params
 from llm_jax.objectives import likelihood
+from llm_jax.train import distributed
 from llm_jax.train.optimizer import make_optimizer, merge, partition, state_shardings
-from llm_jax.train.step import LossFn, make_train_step
+from llm_jax.train.step import LossFn, make_train_step, micro_batches
 from llm_jax.types import Array, Batch, Mean, PyTree, TrainState
 
 
@@ -38,11 +40,21 @@ def make_loss_fn(cfg: TrainConfig) -> LossFn:
     """Causal language modelling: cross-entropy of the model family's scores."""
     model = models.family(cfg.model.family)
     want = likelihood.wanted(cfg.label_smoothing)
+    moe = cfg.model.moe
+    penalties = {
+        "router_balance": moe.balance_loss,
+        "router_z": moe.z_loss,
+        "router_bias": 1.0,  # its value is 0; the optimizer reads the sign of its gradient alone
+    }
 
     def loss_fn(params: PyTree, batch: Batch, carry: PyTree, keys: Array | None):
         scores = model.scores(params, batch, cfg.model, rng=keys, want=want)
         loss = likelihood.cross_entropy(
-            scores, batch, z_loss=cfg.z_loss, label_smoothing=cfg.label_smoothing
+            scores,
+            batch,
+            z_loss=cfg.z_loss,
+            label_smoothing=cfg.label_smoothing,
+            penalties=penalties,
         )
         return loss, carry
 
@@ -55,7 +67,7 @@ def build(cfg: TrainConfig, mesh: Mesh, loss_fn: LossFn | None = None) -> Progra
     model = models.family(cfg.model.family)
     specs = model.specs(cfg.model)
     trainable, frozen = partition(specs, cfg.optimizer)
-    optimizer = make_optimizer(cfg.optimizer, cfg.steps, trainable)
+    optimizer = make_optimizer(cfg.optimizer, cfg.steps, trainable, cfg.model.moe.bias_rate)
     loss_fn = loss_fn or make_loss_fn(cfg)
     replicated = NamedSharding(mesh, PartitionSpec())
 
@@ -109,20 +121,41 @@ def build(cfg: TrainConfig, mesh: Mesh, loss_fn: LossFn | None = None) -> Progra
 
 def abstract_state(program: Program) -> TrainState:
     """ShapeDtypeStructs of the state with their shardings; what a restore aims at."""
-    shapes = jax.eval_shape(program.init, jax.random.key(0))
+    # No key is made: the mesh's devices may not exist (compiling ahead of time).
+    shapes = jax.eval_shape(lambda: program.init(jax.random.key(0)))
     return jax.tree.map(
         lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, program.shardings
     )
 
 
 def put(batch: Any, mesh: Mesh, k: int | None = None) -> Batch:
-    """This host's numpy rows [B/hosts, ...] -> the global sharded batch, in k micro-batches if given."""
+    """This process's numpy rows -> the global sharded batch, in k micro-batches if given.
+
+    The rows are those of the blocks that `distributed.row_blocks` names. Micro-batch j of k has
+    the rows j, j + k, ... (`step.micro_batches`): of every block the same share.
+    """
     if k is not None:
-        batch = jax.tree.map(lambda x: x.reshape(k, x.shape[0] // k, *x.shape[1:]), batch)
-    layout = sharding.batch_shardings(batch, mesh, leading=0 if k is None else 1)
+        batch = micro_batches(batch, k)
+    blocks, count = distributed.row_blocks(mesh)
+    axis = 0 if k is None else 1  # of the rows
+    whole = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            (*x.shape[:axis], x.shape[axis] // len(blocks) * count, *x.shape[axis + 1 :]), x.dtype
+        ),
+        batch,
+    )
+    layout = sharding.batch_shardings(whole, mesh, leading=axis)
     if jax.process_count() == 1:
         return jax.device_put(batch, layout)
-    return jax.tree.map(jax.make_array_from_process_local_data, layout, batch)
+
+    def one(local: np.ndarray, leaf: jax.ShapeDtypeStruct, cut: NamedSharding) -> Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            rows = distributed.local_rows(index[axis], leaf.shape[axis], mesh)
+            return local[(*index[:axis], rows, *index[axis + 1 :])]
+
+        return jax.make_array_from_callback(leaf.shape, cut, part)
+
+    return jax.tree.map(one, batch, whole, layout)
 
 
 def abstract_batch(cfg: TrainConfig, mesh: Mesh) -> Batch:

@@ -5,25 +5,29 @@ from functools import reduce
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from llm_jax.config import TrainConfig
 from llm_jax.nn.params import flatten
-from llm_jax.train.optimizer import make_schedule, merge
+from llm_jax.train.optimizer import BALANCE_BIAS, make_schedule, merge
 from llm_jax.types import Array, Batch, Loss, Mean, PyTree, TrainState
 
 LossFn = Callable[[PyTree, Batch, PyTree, Array | None], tuple[Loss, PyTree]]
 
 
-def micro_batches(batch: Batch, k: int) -> Batch:
-    """Leaves [B, ...] -> [k, B/k, ...]."""
-    return jax.tree.map(lambda x: x.reshape(k, x.shape[0] // k, *x.shape[1:]), batch)
+def micro_batches(batch: PyTree, k: int) -> PyTree:
+    """Leaves [B, ...] -> [k, B/k, ...]: micro-batch j has rows j, j + k, ..., so that a device's
+    rows are spread over all of them and none has to move."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // k, k, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
-def row_keys(key: Array, step: Array, rows: int) -> Array:
-    """One key per row of the global batch: dropout depends on no mesh and no micro-batching."""
+def row_keys(key: Array, step: Array, k: int, rows: int) -> Array:
+    """[k, rows] keys, one per row of the global batch: dropout depends on no mesh and no
+    micro-batching."""
     key = jax.random.fold_in(key, step)
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(rows))
+    number = micro_batches(jnp.arange(k * rows), k)
+    return jax.vmap(jax.vmap(lambda i: jax.random.fold_in(key, i)))(number)
 
 
 def make_train_step(
@@ -34,17 +38,17 @@ def make_train_step(
     `loss_fn(params, batch, carry, row_keys)` returns totals and weights. Their weights are summed
     over all micro-batches first, so that the gradient is that of the whole batch however many
     tokens each micro-batch holds. A step whose loss or gradient is not finite changes nothing but
-    the counters. Metrics are float32 scalars, and "grad_squares" [n leaves], whose entries are
-    those of `flatten(params)` in order: they say where a non-finite gradient came from.
+    the counters. Metrics are float32 scalars, what the model reports in `Scores.stats`, and
+    "grad_squares" [n leaves], whose entries are those of `flatten(params)` in order: they say where
+    a non-finite gradient came from. Biases that balance experts are not part of the gradient norm:
+    only the sign of theirs is used.
     """
     opt = cfg.optimizer
     schedule = make_schedule(opt, cfg.steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         k, rows = batch.tokens.shape[:2]
-        keys = row_keys(state.key, state.step, k * rows).reshape(k, rows)
-        if cfg.model.dropout == 0.0:
-            keys = None
+        keys = row_keys(state.key, state.step, k, rows) if cfg.model.dropout else None
 
         def run(params, part, carry, keys):
             return loss_fn(merge(params, state.frozen), part, carry, keys)
@@ -62,8 +66,9 @@ def make_train_step(
 
         flat = flatten(grads)
         squares = jnp.stack([jnp.sum(jnp.square(g.astype(jnp.float32))) for g in flat.values()])
-        norm, value = jnp.sqrt(jnp.sum(squares)), loss.value()
-        good = jnp.isfinite(norm) & jnp.isfinite(value)
+        learned = jnp.array([not BALANCE_BIAS.search(name) for name in flat])
+        norm, value = jnp.sqrt(jnp.sum(jnp.where(learned, squares, 0.0))), loss.value()
+        good = jnp.isfinite(jnp.sum(squares)) & jnp.isfinite(value)
         if opt.clip_norm:
             factor = jnp.minimum(1.0, opt.clip_norm / jnp.maximum(norm, 1e-6))
             grads = jax.tree.map(lambda g: g * factor, grads)
@@ -101,6 +106,17 @@ def make_train_step(
     return train_step
 
 
+def readable(metrics: dict[str, np.ndarray]) -> dict[str, float]:
+    """A step's metrics as numbers for a log: of the experts' loads [M, E] the largest and the
+    smallest share of a layer's assignments that one expert got, over all layers."""
+    out = {name: float(v) for name, v in metrics.items() if np.ndim(v) == 0}
+    if "expert_load" in metrics:
+        load = np.asarray(metrics["expert_load"])
+        share = load / np.maximum(load.sum(axis=-1, keepdims=True), 1e-30)
+        out |= {"expert_load_max": float(share.max()), "expert_load_min": float(share.min())}
+    return out
+
+
 def _accumulate(run, state: TrainState, batch: Batch, keys: Array | None, k: int):
     """(gradient, Loss, carry) of k micro-batches that count as one batch."""
     carry = micro_batches(state.carry, k)
@@ -125,5 +141,5 @@ def _accumulate(run, state: TrainState, batch: Batch, keys: Array | None, k: int
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     grads, (losses, carry) = jax.lax.scan(body, zeros, (batch, carry, keys))
     loss = jax.tree.map(lambda x: jnp.sum(x, axis=0), losses)
-    carry = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry)
+    carry = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), carry)
     return grads, loss, carry

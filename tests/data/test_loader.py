@@ -1,5 +1,5 @@
-"""The loader: a function of (seed, step), the same for any number of hosts; evaluation counts each
-target once."""
+"""The loader: a function of (seed, step), the same for any number of processes; evaluation counts
+each target once."""
 
 import itertools
 
@@ -82,15 +82,20 @@ def test_a_new_loader_of_the_same_seed_continues_and_another_seed_differs():
 
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("sources", [1, 2])
-def test_hosts_in_order_are_the_single_host(packing, sources):
+def test_blocks_in_order_are_the_whole_batch(packing, sources):
     tokens = [corpus(), corpus(2000, start=10_000, seed=1)][:sources]
-    # Uneven shares: with even ones, every host's block would have the same pattern of sources.
+    # Uneven shares: with even ones, every block would have the same pattern of sources.
     options = {"packing": packing, "weights": [((0.0, 1.0),), ((0.0, 0.4),)][:sources]}
     whole = loader(*tokens, **options)
-    parts = [loader(*tokens, **options, host_index=h, host_count=4) for h in range(4)]
+    parts = [loader(*tokens, **options, blocks=(h,), block_count=4) for h in range(4)]
+    some = loader(*tokens, **options, blocks=(0, 2, 3), block_count=4)  # not neighbours
     for step in (0, 17, 63):
         joined = jax.tree.map(lambda *rows: np.concatenate(rows), *[p.batch(step) for p in parts])
         assert_equal(joined, whole.batch(step))
+    for step, batch in zip(range(5), some.iterate(), strict=False):
+        rows = [0, 1, 4, 5, 6, 7]
+        assert_equal(batch, jax.tree.map(lambda x: x[rows], whole.batch(step)))  # noqa: B023
+    assert some.identity == whole.identity
 
 
 def epoch(data, number, rows):
@@ -214,12 +219,13 @@ def test_evaluation_rows_are_evenly_spaced():
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_evaluation_is_split_over_hosts(packing):
+def test_evaluation_is_split_into_blocks_of_one_number_of_batches(packing):
     options = {"length": 32, "batch_size": 8, "packing": packing, "token_lengths": LENGTHS}
     tokens = corpus(300, documents=5)
     whole = list(eval_batches(tokens, rows=9, **options))
-    assert len(whole) == 2  # of the last batch, three of four hosts have padding only
-    parts = [eval_batches(tokens, rows=9, host_index=h, host_count=4, **options) for h in range(4)]
+    assert len(whole) == 2  # of the last batch, three of four blocks have padding only
+    parts = [eval_batches(tokens, rows=9, blocks=(h,), block_count=4, **options) for h in range(4)]
+    assert {len(p) for p in parts} == {2}  # one process with fewer would leave the others hanging
     for i, batch in enumerate(whole):
         assert_equal(jax.tree.map(lambda *x: np.concatenate(x), *[p[i] for p in parts]), batch)
 
@@ -247,7 +253,7 @@ def test_a_partial_last_row_keeps_the_shape_and_the_structure():
         ),
         (corpus(90, documents=90), {}, "no trainable token: 90 tokens in 90 documents"),
         (corpus(90, documents=90), {"packing": "pad"}, "no trainable token"),
-        (corpus(), {"host_count": 3}, "batch_size=8 is not divisible by the 3 processes"),
+        (corpus(), {"block_count": 3}, r"batch_size=8 is not divisible by the 3 parts .*mesh.data"),
         (
             corpus(),
             {"token_lengths": LENGTHS[:99]},

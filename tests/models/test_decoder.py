@@ -198,6 +198,9 @@ def test_every_value_of_every_choice_is_tested():
         ("gpt2-xl", 1557.6),
         ("llama2-7b", 6738.4),
         ("llama2-13b", 13015.9),
+        ("llama2-70b", 68976.6),
+        ("llama3-405b", 405853.4),
+        ("mixtral-8x7b", 46702.8),
         ("llama3.2-1b", 1235.8),
     ],
 )
@@ -215,6 +218,9 @@ def test_presets_have_the_published_sizes(name, millions):
         "gpt2-xl",
         "llama2-7b",
         "llama2-13b",
+        "llama2-70b",
+        "llama3-405b",
+        "mixtral-8x7b",
         "llama3.2-1b",
     }
 

@@ -41,7 +41,7 @@ def weighted(scores):
 
 
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
-@pytest.mark.parametrize("chunk", [0, 7, 48], ids=["auto", "seven", "all"])
+@pytest.mark.parametrize("chunk", [0, 3, 20], ids=["auto", "three", "twenty"])
 @pytest.mark.parametrize(
     "mesh", [None, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "tensor": 8}], ids=str
 )
@@ -99,4 +99,4 @@ def test_no_array_of_tokens_by_vocabulary():
 
     logits = 4 * n_vocab * n_tokens
     assert temporary(0) < 0.15 * logits
-    assert temporary(n_tokens) > 0.9 * logits  # what the test would see if they did
+    assert temporary(n_vocab) > 0.9 * logits  # what the test would see if they did

@@ -1,19 +1,20 @@
 """Llama 2 7B: 32 layers, 32 heads, 4096 wide, context 4096.
 
-    python -m experiments.pretrain --config=configs/llama_7b.py --workdir=runs/llama_7b \
-        --input='data/*.parquet' --config.tokenizer.path=tokenizer.model --config.mesh.tensor=4
+    python -m experiments.plan --config=configs/llama2_7b.py --topology=v5e:16x16
+    python -m experiments.pretrain --config=configs/llama2_7b.py --workdir=runs/llama2_7b \
+        --input='data/*.parquet' --config.tokenizer.path=tokenizer.model
 
 4M tokens a step as in the paper (Touvron et al. 2023), over as many steps as Chinchilla's 20
-tokens a parameter take. For a pod.
+tokens a parameter take. By plan @TIME@.
 """
 
 from configs import llama_1b
 from llm_jax.config import TrainConfig, override
 
 
-def get_config() -> TrainConfig:
+def get_config(name: str = "llama2_7b", architecture: str = "llama2-7b") -> TrainConfig:
     return override(
-        llama_1b.get_config("llama_7b", "llama2-7b"),
+        llama_1b.get_config(name, architecture),
         {
             "steps": 32_000,
             "batch_size": 1024,

@@ -1,0 +1,74 @@
+"""How many FLOPs a token costs, by named conventions, and where they go.
+
+Published numbers count differently, so every figure says by which convention it is meant. All of
+them count a multiplication and an addition as two, a backward pass as two forward passes, and of a
+layer's routed experts the ones that a token goes through.
+"""
+
+import math
+from collections.abc import Callable
+
+from llm_jax.config import ModelConfig
+from llm_jax.nn.params import ParamSpec, flatten
+from llm_jax.train.metrics import active_count, is_routed, train_flops_per_token
+from llm_jax.types import PyTree
+
+
+def six_nd(specs: PyTree, cfg: ModelConfig, length: int) -> float:
+    """6 N, all parameters that a token meets, embeddings too: what papers multiply with the
+    tokens (Hoffmann et al. 2022; Llama Team 2024)."""
+    return 6 * active_count(specs, cfg)
+
+
+def kaplan(specs: PyTree, cfg: ModelConfig, length: int) -> float:
+    """6 N without embeddings (Kaplan et al. 2020)."""
+    return 6 * active_count(specs, cfg, embeddings=False)
+
+
+def exact(specs: PyTree, cfg: ModelConfig, length: int) -> float:
+    """Every matmul, attention over the whole row."""
+    return 3 * sum(forward(specs, cfg, length, causal=False).values())
+
+
+def causal(specs: PyTree, cfg: ModelConfig, length: int) -> float:
+    """Every matmul, attention over the keys that a token sees."""
+    return 3 * sum(forward(specs, cfg, length, causal=True).values())
+
+
+# Name -> FLOPs of training per token. "mfu" (Chowdhery et al. 2022) is what runs report.
+CONVENTIONS: dict[str, Callable[[PyTree, ModelConfig, int], float]] = {
+    "6nd": six_nd,
+    "kaplan": kaplan,
+    "mfu": train_flops_per_token,
+    "exact": exact,
+    "causal": causal,
+}
+
+
+def forward(specs: PyTree, cfg: ModelConfig, length: int, *, causal: bool) -> dict[str, float]:
+    """FLOPs of a forward pass per token, matmul by matmul: {"attn/q": ..., "scores": ...,
+    "weighted": ..., "mlp/up": ..., "head": ...}, layers summed."""
+    out: dict[str, float] = {}
+    table = None
+    for path, spec in flatten(specs).items():
+        if path == "embed/tokens":
+            table = spec
+        elif not path.startswith("embed/") and _is_matrix(spec):
+            share = cfg.moe.top_k / cfg.moe.n_experts if is_routed(spec) else 1.0
+            name = path.removeprefix("layers/").removesuffix("/w")
+            out[name] = 2 * share * math.prod(spec.shape)
+    if cfg.tied and table is not None:
+        out["head"] = 2 * math.prod(table.shape)
+    keys = visible_keys(length, cfg.window) if causal else length
+    products = 2 * cfg.n_layers * cfg.n_heads * cfg.head_dim * keys
+    return out | {"scores": products, "weighted": products}
+
+
+def visible_keys(length: int, window: int = 0) -> float:
+    """Mean number of keys that a token of a causal row sees, its own among them."""
+    w = min(window or length, length)
+    return (w * (w + 1) / 2 + (length - w) * w) / length
+
+
+def _is_matrix(spec: ParamSpec) -> bool:
+    return len(spec.axes) - ("layer" in spec.axes) - is_routed(spec) >= 2
