@@ -6,7 +6,7 @@ partitioner places the collectives, and `constrain` pins the layouts that matter
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -208,6 +208,29 @@ def stream(x_BxLxD: Array) -> Array:
     return constrain(
         x_BxLxD, "batch", "length" if x_BxLxD.shape[1] % cut else "stream_length", None
     )
+
+
+def over_mesh(f: Callable, in_specs: PyTree, out_specs: PyTree) -> Callable:
+    """f as a fully manual shard_map over the ambient mesh, from and to PartitionSpecs.
+
+    Axes of size 1 are written into every spec: those that a spec leaves out would each cost a sum
+    over nobody in the backward pass.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    ones = tuple(a for a, n in mesh.shape.items() if n == 1)
+
+    def whole(spec: PartitionSpec) -> PartitionSpec:
+        if not len(spec):
+            return spec
+        entries = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
+        named = {a for entry in entries for a in entry}
+        return PartitionSpec(entries[0] + tuple(a for a in ones if a not in named), *spec[1:])
+
+    ins, outs = (
+        jax.tree.map(whole, s, is_leaf=lambda x: isinstance(x, PartitionSpec))
+        for s in (in_specs, out_specs)
+    )
+    return jax.shard_map(f, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)
 
 
 def platform() -> str:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from llm_jax import sharding
 from llm_jax.config import ModelConfig
 from llm_jax.nn import attention, head, layers, moe, positions, weights
+from llm_jax.nn.dense import embed
 from llm_jax.nn.params import Normal, ParamSpec, flatten, stacked, unflatten
 from llm_jax.nn.stack import stack
 from llm_jax.types import Array, Batch, Cache, Hidden, PyTree, Scores
@@ -72,9 +73,9 @@ def hidden(
     side["rng"] = rng
 
     with jax.named_scope("embed"):
-        x = layers.embed(params["embed"]["tokens"], batch.tokens)
+        x = embed(params["embed"]["tokens"], batch.tokens)
         if cfg.positions == "learned":
-            x = x + layers.embed(params["embed"]["positions"], position_BxL)
+            x = x + embed(params["embed"]["positions"], position_BxL, None)
         elif cfg.positions == "sinusoidal":
             x = x + positions.sinusoids(position_BxL, cfg.d_model).astype(x.dtype)
         x = layers.dropout(x, rng, cfg.dropout, salt=0)

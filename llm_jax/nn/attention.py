@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llm_jax import sharding
 from llm_jax.config import ModelConfig
 from llm_jax.nn import layers, positions
 from llm_jax.nn.blockwise import Mask, Shape, reference, xla
+from llm_jax.nn.dense import dense_specs, read, write
 from llm_jax.nn.ring import context_size, ring
 from llm_jax.types import Array, PyTree
 
@@ -75,10 +75,10 @@ def specs(cfg: ModelConfig, out_std: float) -> PyTree:
     """Projections q, k, v, o and, with qk_norm, a norm per head for q and k."""
     D, H, K, Dh = cfg.d_model, cfg.n_heads, cfg.kv_heads, cfg.head_dim
     tree = {
-        "q": layers.dense_specs(D, H * Dh, ("embed", "heads"), cfg.init_std, cfg.qkv_bias),
-        "k": layers.dense_specs(D, K * Dh, ("embed", "kv_heads"), cfg.init_std, cfg.qkv_bias),
-        "v": layers.dense_specs(D, K * Dh, ("embed", "kv_heads"), cfg.init_std, cfg.qkv_bias),
-        "o": layers.dense_specs(H * Dh, D, ("heads", "embed"), out_std, cfg.out_bias),
+        "q": dense_specs(D, H * Dh, ("embed", "heads"), cfg.init_std, cfg.qkv_bias),
+        "k": dense_specs(D, K * Dh, ("embed", "kv_heads"), cfg.init_std, cfg.qkv_bias),
+        "v": dense_specs(D, K * Dh, ("embed", "kv_heads"), cfg.init_std, cfg.qkv_bias),
+        "o": dense_specs(H * Dh, D, ("heads", "embed"), out_std, cfg.out_bias),
     }
     if cfg.qk_norm:
         tree["q_norm"] = layers.norm_specs(cfg, Dh)
@@ -96,9 +96,8 @@ def layer(
     """
     B, L, _ = x_BxLxD.shape
     H, K, Dh = cfg.n_heads, cfg.kv_heads, cfg.head_dim
-    q = layers.dense(p["q"], x_BxLxD, ("embed", "heads")).reshape(B, L, H, Dh)
-    k = layers.dense(p["k"], x_BxLxD, ("embed", "kv_heads")).reshape(B, L, K, Dh)
-    v = layers.dense(p["v"], x_BxLxD, ("embed", "kv_heads")).reshape(B, L, K, Dh)
+    q, k, v = read([p["q"], p["k"], p["v"]], x_BxLxD, ["heads", "kv_heads", "kv_heads"])
+    q, k, v = q.reshape(B, L, H, Dh), k.reshape(B, L, K, Dh), v.reshape(B, L, K, Dh)
     if cfg.qk_norm:
         q, k = layers.norm(p["q_norm"], q, cfg), layers.norm(p["k_norm"], k, cfg)
     if side.get("rope") is not None:
@@ -110,8 +109,7 @@ def layer(
         k, v, cache = _through_cache(k, v, cache, side["start"], i)
         mask = Mask(side["segments"], side["positions"], side["start"])
     o = attention(q, k, v, mask, shape, cfg.attention)
-    o = sharding.constrain(o.reshape(B, L, H * Dh), "batch", "length", "heads")
-    return layers.dense(p["o"], o, ("heads", "embed")), cache
+    return write(p["o"], o.reshape(B, L, H * Dh), "heads"), cache
 
 
 def _through_cache(k: Array, v: Array, cache: PyTree, start: Array, i: Array) -> tuple:

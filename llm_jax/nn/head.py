@@ -96,13 +96,7 @@ def _over_mesh(f, inputs: tuple, outputs: tuple):
             isinstance(a, tuple) and all(x is None or isinstance(x, str) for x in a)
         )
     }
-    return jax.shard_map(
-        f,
-        mesh=mesh,
-        in_specs=spec(inputs, **is_axes),
-        out_specs=spec(outputs, **is_axes),
-        check_vma=False,
-    )
+    return sharding.over_mesh(f, spec(inputs, **is_axes), spec(outputs, **is_axes))
 
 
 TABLE, ROWS, TOKENS = ("vocab", "embed"), ("batch", "length", None), ("batch", "length")

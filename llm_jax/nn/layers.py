@@ -1,59 +1,12 @@
-"""Dense layers, embeddings, norms, the MLP and dropout: pure functions next to their specs."""
+"""Norms, the MLP and dropout: pure functions next to their specs."""
 
 import jax
 import jax.numpy as jnp
 
-from llm_jax import sharding
 from llm_jax.config import GATED, ModelConfig
-from llm_jax.nn import weights
-from llm_jax.nn.params import Constant, Normal, ParamSpec
+from llm_jax.nn.dense import dense_specs, read, write
+from llm_jax.nn.params import Constant, ParamSpec
 from llm_jax.types import Array, PyTree
-
-
-def dense_specs(d_in: int, d_out: int, axes: tuple[str, str], std: float, bias: bool) -> PyTree:
-    """A matrix [d_in, d_out] "w", and a "bias" [d_out] if asked for."""
-    specs = {"w": ParamSpec((d_in, d_out), axes, Normal(std))}
-    if bias:
-        out = None if axes[1] == "embed" else axes[1]
-        specs["bias"] = ParamSpec((d_out,), (out,), Constant(0.0))
-    return specs
-
-
-def dense(p: PyTree, x_BxLxD: Array, axes: tuple[str, str]) -> Array:
-    """x @ w + bias over the last axis: [B, L, d_in] -> [B, L, d_out].
-
-    `axes` are the logical axes of w. Its "embed" axis is gathered before the product (fully
-    sharded data parallelism); its other axis stays cut (tensor parallelism). What reads the
-    residual stream gathers its length, what writes to it leaves its length cut: `sharding.stream`.
-    """
-    w = p["w"]
-    if not isinstance(w, weights.Weight):
-        w = sharding.constrain(w, *(None if a == "embed" else a for a in axes))
-    B, L, D = x_BxLxD.shape
-    mesh = sharding.ambient_mesh()
-    if axes[0] == "embed":
-        x_BxLxD = sharding.constrain(x_BxLxD, "batch", "length", None)
-    if mesh is not None and mesh.shape["context"] * mesh.shape["tensor"] > 1:
-        y = weights.matmul(w, x_BxLxD)  # flattening would gather a length that is cut
-    else:
-        y = weights.matmul(w, x_BxLxD.reshape(B * L, D)).reshape(B, L, -1)  # twice as fast on CPU
-    y = (
-        sharding.stream(y)
-        if axes[1] == "embed"
-        else sharding.constrain(y, "batch", "length", axes[1])
-    )
-    if "bias" in p:
-        y = y + p["bias"].astype(y.dtype)[None, None, :]
-    return y
-
-
-def embed(table_VxD: Array, ids_BxL: Array) -> Array:
-    """Rows of the table: [B, L] -> [B, L, D]."""
-    if not isinstance(table_VxD, weights.Weight):
-        # Taking rows of a table that is cut along D would rematerialise it whole on each device.
-        table_VxD = sharding.constrain(table_VxD, "vocab", None)
-    rows_BxLxD = sharding.constrain(weights.rows(table_VxD, ids_BxL), "batch", "length", None)
-    return sharding.stream(rows_BxLxD)
 
 
 def norm_specs(cfg: ModelConfig, width: int) -> PyTree:
@@ -91,7 +44,10 @@ def mlp_specs(cfg: ModelConfig, out_std: float, d_ff: int = 0) -> PyTree:
 
 def mlp(p: PyTree, x_BxLxD: Array, cfg: ModelConfig) -> Array:
     """Feed-forward layer; SwiGLU and GeGLU are Shazeer's (2020), ReLU^2 is So et al.'s (2021)."""
-    up = dense(p["up"], x_BxLxD, ("embed", "mlp"))
+    if cfg.activation in GATED:
+        up, gate = read([p["up"], p["gate"]], x_BxLxD, ["mlp", "mlp"])
+    else:
+        (up,) = read([p["up"]], x_BxLxD, ["mlp"])
     match cfg.activation:
         case "gelu":
             h = jax.nn.gelu(up, approximate=True)
@@ -100,12 +56,12 @@ def mlp(p: PyTree, x_BxLxD: Array, cfg: ModelConfig) -> Array:
         case "relu2":
             h = jnp.square(jax.nn.relu(up))
         case "swiglu":
-            h = jax.nn.silu(dense(p["gate"], x_BxLxD, ("embed", "mlp"))) * up
+            h = jax.nn.silu(gate) * up
         case "geglu":
-            h = jax.nn.gelu(dense(p["gate"], x_BxLxD, ("embed", "mlp")), approximate=True) * up
+            h = jax.nn.gelu(gate, approximate=True) * up
         case other:
             raise ValueError(f"model.activation={other!r} is unknown")
-    return dense(p["down"], h, ("mlp", "embed"))
+    return write(p["down"], h, "mlp")
 
 
 def dropout(x_BxLxD: Array, keys_B: Array | None, rate: float, salt: int) -> Array:

@@ -136,19 +136,23 @@ def _logits(cfg: TrainConfig, lay: Layout, platform: str) -> float:
 
 
 def _dispatch(cfg: TrainConfig, lay: Layout, platform: str) -> float:
-    """What a mixture's backward pass holds: tokens of an expert group (or those that were sent
-    here), a row for every assignment, and a block's hidden layer in float32."""
+    """What a mixture's backward pass holds: the tokens that come to this device and the gradients of
+    their outputs, a row for every assignment, one expert's gradient and a block's hidden layer in
+    float32."""
     m, moe = cfg.model, cfg.model.moe
     if not moe.n_experts:
         return 0.0
     e, t = lay.axes["expert"], lay.axes["tensor"]
-    c, gates = lay.itemsize, layer_widths(m)["gates"]
+    c, matrices = lay.itemsize, layer_widths(m)["gates"] + 1
+    one_expert = matrices * m.d_model * moe.d_ff / t
     tokens = min(moe.chunk or lay.tokens, lay.tokens)
+    # A scan over chunks adds its gradients up in float32, of all experts of this device.
+    adding = 2 * 4 * one_expert * moe.n_experts / e if moe.chunk else 0
     if moe.dispatch == "all_to_all":
         rows = moe.capacity_factor * tokens * moe.top_k
-        return rows * (4 * m.d_model * c + (gates + 1) * moe.d_ff / t * (4 + c))
+        return adding + rows * (4 * m.d_model * c + matrices * moe.d_ff / t * (4 + c))
     group = tokens * e
-    rows = group * moe.top_k
-    block = experts.BLOCK.get(platform, experts.BLOCK_DEFAULT)
-    hidden = 3 * (gates + 1) * block * moe.d_ff / t * 4
-    return (4 * group + 2 * rows) * m.d_model * c + hidden
+    block = min(experts.BLOCK.get(platform, experts.BLOCK_DEFAULT), group)
+    hidden = 2 * matrices * block * moe.d_ff / t * 4
+    rows = (5 * group + group * moe.top_k) * m.d_model * c
+    return adding + rows + 4 * one_expert + hidden

@@ -14,7 +14,6 @@ from llm_jax.config import OptimizerConfig
 from llm_jax.nn.params import ParamSpec, abstract, flatten, map_specs, select, unflatten
 from llm_jax.types import PyTree
 
-
 # Biases that balance a router's experts without a loss: not AdamW's, whatever optimizer is chosen.
 BALANCE_BIAS = re.compile(r"(^|/)router/bias$")
 

@@ -8,6 +8,7 @@ from tiny import tiny_model
 
 from llm_jax.config import ModelConfig
 from llm_jax.nn import layers, params, positions, weights
+from llm_jax.nn.dense import embed, read
 
 
 def test_norms():
@@ -122,9 +123,7 @@ def test_dense_and_embed_accept_any_weight_leaf():
 
     w = jax.random.normal(jax.random.key(0), (4, 6))
     x = jax.random.normal(jax.random.key(1), (2, 3, 4))
-    np.testing.assert_allclose(
-        layers.dense({"w": Doubled(w)}, x, ("embed", "mlp")), 2 * x @ w, rtol=1e-5
-    )
+    np.testing.assert_allclose(read([{"w": Doubled(w)}], x, ["mlp"])[0], 2 * x @ w, rtol=1e-5)
     ids = jnp.array([[0, 3], [1, 1]])
-    np.testing.assert_allclose(layers.embed(Doubled(w), ids), 2 * w[ids])
+    np.testing.assert_allclose(embed(Doubled(w), ids), 2 * w[ids])
     np.testing.assert_allclose(weights.dequantize(Doubled(w), jnp.float32), 2 * w)

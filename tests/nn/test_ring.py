@@ -57,7 +57,7 @@ def pull_back(f, mask, shape):
         ({"context": 8}, {}, False, {"window": 30}),
         ({"data": 1, "fsdp": 2, "context": 4}, {"K": 1}, True, {"window": 30, "block": 4}),
         ({"data": 2, "context": 2, "tensor": 2}, {}, True, {"block": 5}),
-        ({"context": 4}, {}, True, {"window": 20, "block": 5}),  # keys from two devices back
+        ({"context": 4}, {}, True, {"window": 24, "block": 5}),  # keys from two devices back
         ({"context": 3}, {}, True, {"causal": False, "window": 5}),
         ({"context": 4}, {"S": 24}, False, {"causal": False}),
     ],

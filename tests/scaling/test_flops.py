@@ -6,7 +6,7 @@ import pytest
 from jax.extend import core
 from tiny import random_batch, tiny_model
 
-from llm_jax.config import resolve_model
+from llm_jax.config import MoEConfig, resolve_model
 from llm_jax.models import decoder
 from llm_jax.models.presets import preset
 from llm_jax.nn import params as P
@@ -70,7 +70,7 @@ def test_by_hand():
 
 def test_experts_count_by_the_ones_a_token_meets():
     """2 of 4 routed experts and 1 shared one: all 4 would give 15 * 64 columns, 2 alone 6 * 64."""
-    cfg = tiny_model(moe={"n_experts": 4, "top_k": 2, "n_shared": 1, "d_ff": 64})
+    cfg = tiny_model(moe=MoEConfig(n_experts=4, top_k=2, n_shared=1, d_ff=64))
     specs = decoder.specs(cfg)
     got = flops.forward(specs, cfg, 16, causal=False)
     for name in ("up", "gate", "down"):
