@@ -13,7 +13,7 @@ embed). Between the two the stream is cut along its length over "tensor" too (Ko
 Matrices that read the same stream go through `read` together, so that it is gathered once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ def read(ps: Sequence[PyTree], x_BxLxD: Array, outs: Sequence[str]) -> list[Arra
 
     specs = [_specs(p, ("embed", out), mesh) for p, out in zip(ps, outs, strict=True)]
     ys = [PartitionSpec(batch, length, *sharding.partition_spec((out,), mesh)) for out in outs]
-    return sharding.over_mesh(local, (specs, stream), ys)(list(ps), x_BxLxD)
+    return sharding.over_mesh(_regather(local), (specs, stream), ys)(list(ps), x_BxLxD)
 
 
 def write(p: PyTree, x_BxLxF: Array, axis: str) -> Array:
@@ -76,7 +76,8 @@ def write(p: PyTree, x_BxLxF: Array, axis: str) -> Array:
             y = jax.lax.psum(y, "tensor")
         return y + p["bias"].astype(y.dtype)[None, None, :] if "bias" in p else y
 
-    return sharding.over_mesh(local, (_specs(p, (axis, "embed"), mesh), inner), stream)(p, x_BxLxF)
+    specs = (_specs(p, (axis, "embed"), mesh), inner)
+    return sharding.over_mesh(_regather(local), specs, stream)(p, x_BxLxF)
 
 
 def embed(table_VxD: Array, ids_BxL: Array, axis: str | None = "vocab") -> Array:
@@ -125,6 +126,16 @@ def _gathered(p: PyTree, axes: tuple[str, str]) -> PyTree:
 
 def _gather(w: Array, over: tuple[str, ...], axis: int) -> Array:
     return jax.lax.all_gather(w, over, axis=axis, tiled=True) if over else w
+
+
+def _regather(f: Callable) -> Callable:
+    """f, whose gathered matrices are not kept for the backward pass: of a whole model they would be
+    all that sharding saves."""
+
+    def keep(primitive, *_, **params) -> bool:
+        return primitive.name != "all_gather" or "tensor" in params["axis_name"]
+
+    return jax.checkpoint(f, policy=keep, prevent_cse=False)
 
 
 def _cut(axis: str, mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:

@@ -64,8 +64,10 @@ def predict(cfg: TrainConfig, mesh: AbstractMesh, platform: str) -> Memory:
     layer = [s for s in flatten(specs_of(cfg.model)).values() if s.axes[0] == "layer"]
     whole = sorted(gathered(s, mesh) / lay.layers * c for s in layer)
     cut = mesh.shape["fsdp"] * mesh.shape["expert"] > 1
-    # A pipeline's stages keep what goes through them in bubbles, too.
-    kept = kept_activations(cfg, lay) * lay.layers / (1 - lay.bubble)
+    kept = kept_activations(cfg, lay)
+    if cut and cfg.model.remat == "none":
+        kept += sum(whole)  # nothing gathers the weights a second time
+    kept *= lay.layers / (1 - lay.bubble)  # a pipeline's stages keep what bubbles bring, too
     return Memory(
         arguments,
         {
@@ -107,8 +109,9 @@ def kept_activations(cfg: TrainConfig, lay: Layout) -> float:
             return x["stream"] + x["heads"]
         case "dots":
             return 3 * x["stream"] + x["heads"] + 2 * x["kv"] + x["gates"] * x["mlp"]
-    projections = 2 * (2 * x["heads"] + 2 * x["kv"])
-    return 4 * x["stream"] + projections + (x["gates"] + 1) * x["mlp"] + x["scores"]
+    # Norms and residual sums in float32; every gate and its product, twice each.
+    norms = 6 * x["stream"] / lay.itemsize * 4
+    return norms + 3 * x["heads"] + 2 * x["kv"] + (2 * x["gates"] + 1) * x["mlp"] + x["scores"]
 
 
 def working_set(cfg: TrainConfig, lay: Layout) -> dict[str, float]:
@@ -116,10 +119,12 @@ def working_set(cfg: TrainConfig, lay: Layout) -> dict[str, float]:
     second time ("layer"), and what its two halves need on top."""
     m, x, t = cfg.model, _sizes(cfg, lay), lay.axes["tensor"]
     again = 2 * (2 * x["heads"] + 2 * x["kv"]) + x["scores"] if m.remat != "none" else 0
+    # "tensor" gathers the stream's length before the layer's parts and cuts their gradients after.
+    stream = 3 * x["stream"] if t == 1 else 6 * lay.tokens * m.d_model * lay.itemsize
     block = min(m.attention_block, lay.length)
     pair = lay.rows * m.n_heads / t * block * block * 4
     return {
-        "layer": 4 * x["stream"] + again,
+        "layer": again + stream + lay.tokens * m.d_model * 4,
         "MLP": (x["gates"] + 1) * x["mlp"] if not m.moe.n_experts else 0,
         "attention": 2 * x["heads"] / lay.itemsize * 4 + max(pair, x["scores"] / lay.itemsize * 4),
     }

@@ -80,7 +80,7 @@ def test_no_gradient_from_later_tokens():
     q, k, v, do = inputs()
     with on(context=4):
         ringed = pull_back(ring, A.Mask(), A.Shape())
-        for cut in (17, 24):  # within a stretch, and where two meet
+        for cut in (17, 24, 33):  # within a low stretch, where two meet, within a high one
             _, (_, *grads) = ringed(q, k, v, do.at[:, cut:].set(0))
             for d in map(np.asarray, grads):
                 assert (d[:, cut:] == 0).all() and (d[:, :cut] != 0).any(axis=(2, 3)).all()
@@ -88,7 +88,7 @@ def test_no_gradient_from_later_tokens():
 
 def test_bfloat16_loses_no_more_than_on_one_device():
     q, k, v, do = inputs(dtype=jnp.bfloat16)
-    shape = A.Shape(scale=0.3)
+    shape = A.Shape(scale=0.3, block=6)
     exact = pull_back(A.reference, A.Mask(), shape)(*(x.astype(jnp.float32) for x in (q, k, v, do)))
 
     def errors(f):
@@ -102,8 +102,8 @@ def test_bfloat16_loses_no_more_than_on_one_device():
     whole = errors(A.xla)
     with on(context=8):
         cut = errors(ring)
-    # Merging rounded outputs, or adding up rounded gradients, would be off by half as much again.
-    assert (np.array(cut) < 1.1 * np.array(whole)).all(), (cut, whole)
+    # Merging rounded outputs adds 10 % to the error, adding up rounded gradients half of it.
+    assert (np.array(cut) < 1.02 * np.array(whole)).all(), (cut, whole)
 
 
 def test_under_the_pipelines_vmap():
