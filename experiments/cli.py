@@ -3,6 +3,7 @@ errors as one line."""
 
 import difflib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from absl import app, flags, logging
 
 from llm_jax.config import Config, TrainConfig, unknown_key
 
+AUTO_MESH = re.compile(r"^(--?config\.mesh)=auto$")
 MENDABLE = (ValueError, OSError, ImportError)  # by the user, who gets one line
 
 
@@ -129,6 +131,7 @@ def run_main(main: Callable[[list[str]], Any]) -> None:
     def parse(argv: list[str]) -> list[str]:
         try:
             if "config" in flags.FLAGS:
+                argv = [AUTO_MESH.sub(r"\1.auto=True", arg) for arg in argv]
                 check_config_flags(argv[1:])
             rest = flags.FLAGS(argv)
             if not flags.FLAGS["verbosity"].present:

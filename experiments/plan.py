@@ -92,6 +92,7 @@ def _plan(given: dict[str, float | None]) -> dict:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # nothing runs: accelerators here stay free
+    jax.config.update("jax_enable_compilation_cache", False)  # what a compilation takes is told
     from llm_jax import chips
     from llm_jax.scaling import printout, search, topology
     from llm_jax.scaling.assumptions import Assumptions

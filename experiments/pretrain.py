@@ -40,10 +40,17 @@ def main(argv: list[str]) -> None:
         cfg.data.eval_inputs = tuple(_EVAL_INPUT.value)
 
     with _JOB():
+        from llm_jax.scaling.plan import report_rows
         from llm_jax.train import distributed
         from llm_jax.train.loop import train
 
-        summary = train(cfg, _WORKDIR.value, dry_run=_DRY_RUN.value, debug=_DEBUG.value)
+        summary = train(
+            cfg,
+            _WORKDIR.value,
+            dry_run=_DRY_RUN.value,
+            debug=_DEBUG.value,
+            compare=report_rows,
+        )
         if distributed.is_main() and not _DRY_RUN.value:
             _show(summary)
 

@@ -80,10 +80,12 @@ def estimate(cfg: TrainConfig, shape: Shape, n_params: int, machine: Machine) ->
     shards = data * fsdp * expert
     tokens = cfg.batch_size / k * cfg.length / (shards * context)  # a micro-batch's, here
     layers = m.n_layers / stage
-    bubble = 0.0
+    bubble, passes = 0.0, k  # through a layer's weights: each gathers and reduces them
     if stage > 1:
         n = pipeline.microbatches(m, cfg.batch_size // k, shards, stage)
         bubble = pipeline.bubble(n, stage, m.pipeline_turns)
+        passes = k * n / (1 - bubble)
+    through = k * layers / (1 - bubble)  # layers that a micro-batch's tokens go through, idly too
 
     # Parameters: routed experts, the tables, and the rest of the layers.
     matrices = 3 if m.activation in GATED else 2
@@ -103,19 +105,22 @@ def estimate(cfg: TrainConfig, shape: Shape, n_params: int, machine: Machine) ->
         "attention": D + heads,
         "full": D,
     }[m.remat]
-    per_token = kept * layers / (1 - bubble) + 2 * all_of_it + 8 * D
+    per_token = kept * through / k + 2 * all_of_it + 8 * D
 
     # Communication, bytes a device receives in a step.
-    gathers = lambda size, params: (size - 1) / size * params / (stage * tensor)  # noqa: E731
+    others = lambda size: (size - 1) / size  # noqa: E731
+    stream = e * tokens * D
+    again = 3 if m.remat in ("full", "attention") else 0
     sent = {
-        "data": 2 * e * held * k * (data * context > 1),
-        "fsdp": 3 * e * k * gathers(fsdp * expert, dense + table * stage)
-        + 3 * e * k * gathers(fsdp, routed / expert),
-        "stage": 4 * tokens * D / tensor * e * m.pipeline_turns * k * (stage > 1),
-        "expert": 4 * (expert - 1) * tokens * D * e * layers * k,
-        "context": (context - 1) * (2 * e + 4) * 2 * keys / tensor * tokens * layers * k,
-        "tensor": 8 * (tensor - 1) / tensor * tokens * D * e * layers * k,
-    }
+        "data": 2 * e * others(data * context)
+        * ((dense + routed) / stage * passes + table * k) / (fsdp * expert * tensor),
+        "fsdp": 3 * e * others(fsdp * expert) * (dense / stage * passes + table * k) / tensor
+        + 3 * e * others(fsdp) * routed / (stage * expert * tensor) * passes,
+        "stage": 2 * stream * m.pipeline_turns * k / (1 - bubble) * (stage > 1),
+        "expert": 4 * (expert - 1) * stream * through,
+        "context": (context - 1) * (2 * e + 4) * 2 * keys / tensor * tokens * through,
+        "tensor": (8 + again) * others(tensor) * stream * through,
+    }  # fmt: skip
     if moe.dispatch == "all_to_all":
         sent["expert"] *= moe.top_k * moe.capacity_factor / expert
 
@@ -285,7 +290,8 @@ def _why(
     if isinstance(verdict, str):
         return f"{instead}, {verdict}"
     if verdict.memory > room:
-        return f"{instead}, a device would hold {_gb(verdict.memory)} of {_gb(machine.memory)}"
+        limit = f"{room / machine.memory:.0%} of {_gb(machine.memory)}"
+        return f"{instead}, a device would hold {_gb(verdict.memory)}, above {limit}"
     return f"{instead}, a step would take {verdict.time / own.time:.2f} times as long"
 
 

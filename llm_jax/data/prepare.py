@@ -49,7 +49,8 @@ def prepare_corpus(
     shards and its split are used as they are.
 
     Args:
-      writer: False on all processes but the first; they open what the first has written.
+      writer: False on all processes but the first; they open what the first has written, and need
+        neither the text nor the tokenizer's files.
       verify: whether to compare hashes, see `tokens.open_`.
     """
     root = os.path.join(workdir, "data")
@@ -79,7 +80,7 @@ def prepare_in(
     """
     sources, texts = _sources(data), _Texts(data)
     for inputs in (data.eval_inputs, *(s.inputs for s in sources if not _is_prepared(s))):
-        if inputs:
+        if inputs and writer:
             documents.resolve(inputs)  # a missing file is an error before hours of work, not after
     found = _tokenizer(os.path.join(root, TOKENIZER), texts, sources, data, tokenizer, writer)
     fingerprint = found.fingerprint()
@@ -198,9 +199,9 @@ def _tokenizer(
     writer: bool,
 ) -> tokenizers.Tokenizer:
     """The tokenizer of these sources, which `folder` holds afterwards."""
-    loaded = _loaded(data, config)
     if not writer:
-        return loaded or tokenizers.load(folder)
+        return tokenizers.load(folder)
+    loaded = _loaded(data, config)
     with shards.lock(folder):
         if loaded:
             _save(loaded, folder, None)

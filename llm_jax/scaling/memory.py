@@ -64,10 +64,8 @@ def predict(cfg: TrainConfig, mesh: AbstractMesh, platform: str) -> Memory:
     layer = [s for s in flatten(specs_of(cfg.model)).values() if s.axes[0] == "layer"]
     whole = sorted(gathered(s, mesh) / lay.layers * c for s in layer)
     cut = mesh.shape["fsdp"] * mesh.shape["expert"] > 1
-    kept = kept_activations(cfg, lay)
-    if cut and cfg.model.remat == "none":
-        kept += sum(whole)  # nothing gathers the weights a second time
-    kept *= lay.layers / (1 - lay.bubble)  # a pipeline's stages keep what bubbles bring, too
+    # A pipeline's stages keep what goes through them in bubbles, too.
+    kept = kept_activations(cfg, lay) * lay.layers / (1 - lay.bubble)
     return Memory(
         arguments,
         {

@@ -228,3 +228,12 @@ def compare(
         for what, key, actual in pairs
         if actual and predicted.get(key)
     ]
+
+
+def report_rows(
+    cfg: TrainConfig, mesh: Mesh, peak_flops: float, summary: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """`compare` for a run that has just ended on `mesh`, whose devices do `peak_flops` together."""
+    device = mesh.local_devices[0]
+    predicted = predict_run(cfg, mesh, device.device_kind, peak_flops=peak_flops / mesh.size)
+    return compare(predicted, summary, device.memory_stats())

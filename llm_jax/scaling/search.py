@@ -20,7 +20,8 @@ from llm_jax.scaling.layout import abstract_mesh, fast_group
 from llm_jax.scaling.state import specs_of
 
 REMATS = ("none", "attention", "dots", "full")
-SHORTLIST = 96  # of the roughly judged that are judged again
+SHORTLIST = 96  # that fit, of those that are judged again in the order of their rough time
+TRIALS, LAST_RESORT = 480, 16  # judged again at most, and those of the least memory after them
 SLACK = 1.5  # how much more than a device's memory the rough estimate may say
 
 
@@ -50,20 +51,24 @@ def search(
     n_params = count(specs_of(cfg.model))
     memory = a["hbm_gb"] * GB / a.chip.devices
     machine = meshes.Machine(n_devices, memory, fast_group(a, n_devices, slices))
-    rough = []
+    rough = []  # (time, memory, number, mesh sizes, changed config)
     for shape, changed in _ways(cfg, n_devices):
         judged = meshes.judge(changed, shape, n_params, machine)
         if not isinstance(judged, str):
-            rough.append((judged.memory > SLACK * memory, judged.time, len(rough), shape, changed))
-    rough.sort(key=lambda r: r[:3])
-    found = [_candidate(changed, shape, a, slices) for *_, shape, changed in rough[:SHORTLIST]]
-    fitting = sorted(
-        (c for c in found if c.plan["fits"]),
-        key=lambda c: (round(c.plan["step_seconds"], 6), c.plan["total_bytes"]),
-    )
+            rough.append((judged.time, judged.memory, len(rough), shape, changed))
+    fitting, others = [], []
+    promising = sorted(r for r in rough if r[1] <= SLACK * memory)
+    smallest = sorted(rough, key=lambda r: r[1:3])[:LAST_RESORT]
+    for *_, shape, changed in promising[:TRIALS] + smallest:
+        if len(fitting) == SHORTLIST:
+            break
+        found = _candidate(changed, shape, a, slices)
+        (fitting if found.plan["fits"] else others).append(found)
     if not fitting:
-        raise ValueError(_nothing(cfg, found, n_devices, a))
-    return fitting[:top]
+        raise ValueError(_nothing(cfg, others, n_devices, a))
+    unique = {str(c.to_json()): c for c in fitting}.values()
+    key = lambda c: (round(c.plan["step_seconds"], 6), c.plan["total_bytes"])  # noqa: E731
+    return sorted(unique, key=key)[:top]
 
 
 def _ways(cfg: TrainConfig, n_devices: int) -> Iterator[tuple[dict[str, int], TrainConfig]]:

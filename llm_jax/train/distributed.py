@@ -6,195 +6,27 @@ Every function here does the obvious thing when there is one process only.
 import contextlib
 import faulthandler
 import functools
-import importlib.util
 import itertools
 import json
 import math
 import os
-import re
 import signal
 import socket
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from llm_jax import sharding
-from llm_jax.train import watchdog
-from llm_jax.train.accelerators import accelerators
+from llm_jax.train import cluster, watchdog
 
 DAY = 86_400
-PORT = "8476"  # of the coordinator, where nobody says another (JAX_COORDINATOR_PORT)
-NAMES = {  # flag -> environment variable
-    "--coordinator_address": "JAX_COORDINATOR_ADDRESS",
-    "--num_processes": "JAX_NUM_PROCESSES",
-    "--process_id": "JAX_PROCESS_ID",
-}
-SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
-_METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
-
-
-class Cluster(NamedTuple):
-    """A job of several processes; None is what jax's own cluster detection fills in."""
-
-    how: str
-    address: str | None = None  # HOST:PORT of process 0
-    processes: int | None = None
-    process: int | None = None
-    detect: bool = True  # whether jax's cluster detection has a part in it
-
-
-# ---------------------------------------------------------------------------------------- start-up
-
-
-def find(
-    coordinator_address: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-    mode: str = "auto",
-    env: Mapping[str, str] = os.environ,
-) -> Cluster | None:
-    """The job that this process is a part of; None: it is on its own.
-
-    Looked at in this order: the arguments, the variables in NAMES, Open MPI, Slurm (`srun`), a TPU
-    pod on GKE, an indexed Job or JobSet of Kubernetes, a Cloud TPU pod.
-
-    Args:
-      mode: "auto"; "on": finding nothing is an error; "off": this process is on its own.
-
-    Raises:
-      ValueError: half of what is needed is given, or a process id out of range.
-    """
-    if mode == "off":
-        return None
-    given = {
-        "--coordinator_address": coordinator_address or env.get(NAMES["--coordinator_address"]),
-        "--num_processes": _number(num_processes, "--num_processes", env),
-        "--process_id": _number(process_id, "--process_id", env),
-    }
-    address, processes, process = given.values()
-    missing = [name for name, value in given.items() if value is None]
-    by_flags = (coordinator_address, num_processes, process_id) != (None, None, None)
-    how = "flags" if by_flags else "environment variables"
-    if processes == 1 and not process:
-        found = None
-    elif not missing:
-        found = Cluster(how, address, processes, process, detect=False)
-    else:
-        found = _around(env, given)
-        if found is None and len(missing) < len(given):
-            named = " and ".join(f"{n} (or {NAMES[n]})" for n in missing)
-            there = " and ".join(f"{n}={given[n]}" for n in given if n not in missing)
-            raise ValueError(f"{there} is given, but not {named}")
-    if found is None:
-        if mode == "on":
-            raise ValueError(
-                "--distributed=on, but this process is on its own: no Open MPI, Slurm (srun), TPU "
-                "pod or Kubernetes Job around it; give --coordinator_address=HOST:PORT "
-                "--num_processes=N --process_id=I"
-            )
-        return None
-    if found.processes is not None and not 0 <= (found.process or 0) < found.processes:
-        raise ValueError(
-            f"--process_id={found.process} has to be between 0 and {found.processes - 1}: "
-            f"--num_processes={found.processes}"
-        )
-    if found.address and not re.fullmatch(r".+:\d+", found.address):
-        raise ValueError(f"--coordinator_address={found.address} has to be HOST:PORT")
-    return found
-
-
-def _number(value: int | None, flag: str, env: Mapping[str, str]) -> int | None:
-    text = env.get(NAMES[flag]) if value is None else str(value)
-    if not text:
-        return None
-    if not text.isdigit():
-        raise ValueError(f"{NAMES[flag] if value is None else flag}={text} has to be a number")
-    return int(text)
-
-
-def _around(env: Mapping[str, str], given: dict[str, Any]) -> Cluster | None:
-    """The scheduler that started this process among others; what is `given` comes first."""
-    address, processes, process = given.values()
-
-    def cluster(how: str, n: int | None = None, i: int | None = None) -> Cluster:
-        return Cluster(
-            how,
-            address,
-            n if processes is None else processes,
-            i if process is None else process,
-        )
-
-    if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
-        if "OMPI_MCA_orte_hnp_uri" not in env and not address:
-            raise ValueError(
-                "this version of Open MPI tells no address: give --coordinator_address=HOST:PORT, "
-                "a free port on the machine of rank 0"
-            )
-        n, i = int(env["OMPI_COMM_WORLD_SIZE"]), int(env["OMPI_COMM_WORLD_RANK"])
-        return cluster("Open MPI", n, i)
-    if all(name in env for name in SLURM):
-        if int(env["SLURM_NTASKS"]) > 1:
-            return cluster("Slurm", int(env["SLURM_NTASKS"]), int(env["SLURM_PROCID"]))
-        return None
-    hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES") or ""
-    if hosts:
-        n = len(hosts.split(",")) * int(env.get("MEGASCALE_NUM_SLICES") or 1)
-        return cluster("a TPU pod on GKE") if n > 1 else None
-    if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
-        return _kubernetes(env, given)
-    return cluster("a Cloud TPU pod") if _tpu_hosts(env) > 1 else None
-
-
-def _kubernetes(env: Mapping[str, str], given: dict[str, Any]) -> Cluster:
-    """An indexed Job tells each pod its number, and by its host name that of the first pod."""
-    address, processes, process = given.values()
-    index = env["JOB_COMPLETION_INDEX"]
-    if processes is None:
-        raise ValueError(
-            f"JOB_COMPLETION_INDEX={index} says that this is one pod of an indexed Job: set "
-            "JAX_NUM_PROCESSES to the Job's completions, or --distributed=off if each pod is a "
-            "run of its own"
-        )
-    if address is None:
-        host, _, domain = socket.getfqdn(env.get("HOSTNAME", "")).partition(".")
-        if not domain or not host.endswith(f"-{index}") or process is not None:
-            raise ValueError(
-                f"the host name {host}.{domain} does not tell that of the first pod: give the Job "
-                "a headless service (spec.template.spec.subdomain), or set JAX_COORDINATOR_ADDRESS"
-            )
-        first = host.removesuffix(index) + "0"
-        address = f"{first}.{domain}:{env.get('JAX_COORDINATOR_PORT', PORT)}"
-    number = int(index) if process is None else process
-    return Cluster("Kubernetes", address, processes, number, detect=False)
-
-
-def _tpu_hosts(env: Mapping[str, str]) -> int:
-    """Machines of the Cloud TPU that this machine is a part of, as its metadata server tells."""
-    skip = env.get("TPU_SKIP_MDS_QUERY") or not importlib.util.find_spec("libtpu")
-    if skip or "tpu" not in dict(accelerators()):
-        return 1
-
-    def attribute(name: str) -> str:
-        request = urllib.request.Request(_METADATA + name, headers={"Metadata-Flavor": "Google"})
-        with urllib.request.urlopen(request, timeout=5) as answer:
-            return answer.read().decode()
-
-    try:
-        hosts = len(attribute("worker-network-endpoints").split(","))
-        slices = re.search(r"MEGASCALE_NUM_SLICES:\s*'?(\d+)", attribute("tpu-env"))
-    except OSError:
-        return 1  # a TPU without Google's machine around it, such as a notebook's
-    return hosts * (int(slices[1]) if slices else 1)
-
-
 _peers: watchdog.Peers | None = None
 
 
@@ -206,8 +38,8 @@ def start(
     mode: str = "auto",
     timeout: float = 300,
     peer_timeout: float = 30,
-) -> Cluster | None:
-    """Joins the job that `find` finds, before anything else has touched a device.
+) -> cluster.Cluster | None:
+    """Joins the job that `cluster.find` finds, before anything else has touched a device.
 
     From here on, the end of one process is the end of all (`watchdog.Peers`).
 
@@ -216,33 +48,32 @@ def start(
       peer_timeout: seconds without a sign of life after which a process counts as dead.
 
     Raises:
-      ValueError: as `find`. If the others do not come in time, the process prints one line and
-        ends with exit code 1 (jax would abort with pages of C++ stacks).
+      ValueError: as `cluster.find`. If the others do not come in time, the process prints one line
+        and ends with exit code 1 (jax would abort with pages of C++ stacks).
     """
     global _peers
     if not faulthandler.is_enabled():
         faulthandler.enable()  # what crashes in native code leaves Python's stacks
-    cluster = find(coordinator_address, num_processes, process_id, mode)
-    if cluster is None:
+    found = cluster.find(coordinator_address, num_processes, process_id, mode)
+    if found is None:
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and mode == "auto":
             print(f"note: SLURM_NTASKS={os.environ['SLURM_NTASKS']}, but srun did not start this")
         return None
-    if sys.platform != "win32":
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    came = threading.Timer(timeout, _give_up, [cluster, timeout])
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    came = threading.Timer(timeout, _give_up, [found, timeout])
     came.daemon = True
     came.start()
     try:
         jax.distributed.initialize(
-            cluster.address,
-            cluster.processes,
-            cluster.process,
-            cluster_detection_method=None if cluster.detect else "deactivate",
+            found.address,
+            found.processes,
+            found.process,
+            cluster_detection_method=None if found.detect else "deactivate",
             initialization_timeout=int(timeout) + 60,
             heartbeat_timeout_seconds=int(peer_timeout),
         )
     except (RuntimeError, ValueError) as e:
-        raise ValueError(f"cannot start as a part of {cluster.how}: {e}") from e
+        raise ValueError(f"cannot start as a part of {found.how}: {e}") from e
     finally:
         came.cancel()
     state = _state()
@@ -250,17 +81,17 @@ def start(
     _peers = watchdog.Peers(state.process_id, state.num_processes, host, state.client)
     if state.process_id == 0:
         print(
-            f"{state.num_processes} processes, found through {cluster.how}; "
+            f"{state.num_processes} processes, found through {found.how}; "
             f"the coordinator is {state.coordinator_address}",
             flush=True,
         )
-    return cluster
+    return found
 
 
-def _give_up(cluster: Cluster, timeout: float) -> None:
+def _give_up(found: cluster.Cluster, timeout: float) -> None:
     """In a thread of its own: jax waits in native code, and aborts the process in the end."""
     state = _state()
-    address = state.coordinator_address or cluster.address or ""
+    address = state.coordinator_address or found.address or ""
     host, _, port = address.rpartition(":")
     reached = state.process_id == 0
     if not reached:
@@ -268,7 +99,7 @@ def _give_up(cluster: Cluster, timeout: float) -> None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
             reached = True
     if reached:
-        what = f"not all {state.num_processes or cluster.processes} processes came"
+        what = f"not all {state.num_processes or found.processes} processes came"
         cure = "is one missing, or are there two with one --process_id?"
     else:
         what = f"process {state.process_id} cannot reach the coordinator (process 0) at {address}"
@@ -286,6 +117,22 @@ def _state() -> Any:
 
 
 # --------------------------------------------------------------------------------- leaving the job
+
+
+@contextlib.contextmanager
+def job(
+    report: Callable[[BaseException], None], **options: Any
+) -> Iterator[cluster.Cluster | None]:
+    """`start(**options)`, and on the way out what the other processes need to know."""
+    try:
+        yield start(**options)
+    except SystemExit:  # an agreed stop
+        finish()
+        raise
+    except BaseException as error:
+        fail(error, report)
+        raise
+    finish()
 
 
 def finish() -> None:
@@ -470,18 +317,3 @@ def local_rows(rows: slice, total: int, mesh: Mesh) -> slice:
     start, stop, _ = rows.indices(total)
     at = blocks.index(start // size) * size
     return slice(at + start % size, at + start % size + stop - start)
-
-
-@contextlib.contextmanager
-def job(report: Callable[[BaseException], None], **options: Any) -> Iterator[Cluster | None]:
-    """`start(**options)`, and on the way out what the other processes need to know."""
-    cluster = start(**options)
-    try:
-        yield cluster
-    except SystemExit:  # an agreed stop
-        finish()
-        raise
-    except BaseException as error:
-        fail(error, report)
-        raise
-    finish()

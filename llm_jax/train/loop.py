@@ -12,7 +12,8 @@ prints, and all of them stop at the same step.
 import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ import jax
 import numpy as np
 
 from llm_jax import config as configs
-from llm_jax import sharding
+from llm_jax import mesh as mesh_choice
+from llm_jax import models, sharding
 from llm_jax.config import TrainConfig
 from llm_jax.data import loader as data_loader
 from llm_jax.data.prepare import Corpus, prepare_corpus, prepare_in
@@ -42,6 +44,8 @@ from llm_jax.train.step import readable
 from llm_jax.train.watchdog import Watchdog
 from llm_jax.types import TrainState
 
+# (config, mesh, peak FLOP/s of the mesh, summary) -> rows of a table
+Comparison = Callable[[TrainConfig, jax.sharding.Mesh, float, dict], list[dict[str, Any]]]
 SIGTERM_EXIT = 143  # what a shell reports for a process that SIGTERM ended
 
 
@@ -60,12 +64,14 @@ def train(
     dry_run: bool = False,
     debug: bool = False,
     devices: Sequence[jax.Device] | None = None,
+    compare: Comparison | None = None,
 ) -> dict[str, Any]:
     """Runs or resumes the training that `cfg` describes in `workdir`; returns its summary.
 
     `cfg` is resolved and frozen here. `dry_run` prepares everything, prints what would run and
     compiles nothing. `debug` runs without jit and without scan and stops at the first NaN.
-    `devices` are those of the mesh (default: all).
+    `devices` are those of the mesh (default: all). `compare` makes rows for the report from the
+    config, the mesh, a device's peak FLOP/s and the summary, such as `scaling.plan.report_rows`.
 
     Raises:
       ValueError, OSError: what the user can mend, in one line.
@@ -106,15 +112,25 @@ def train(
             f"{corpus.tokenizer.vocab_size}; leave it 0 to take the tokenizer's"
         )
     configs.validate(cfg)
+    if cfg.mesh.auto:
+        _choose_mesh(cfg, devices)
     configs.freeze(cfg)
     mesh = sharding.make_mesh(cfg.mesh, devices)
     peak = peak_flops(mesh.local_devices[0]) * mesh.size
     with jax.set_mesh(mesh):
-        run = _Run(cfg, workdir, corpus, build(cfg, mesh), peak)
+        run = _Run(cfg, workdir, corpus, build(cfg, mesh), peak, compare)
         if dry_run:
             return run.describe()
         environment.write(workdir, cfg, corpus.tokenizer.fingerprint(), run.loader.identity)
         return run.train(begin)
+
+
+def _choose_mesh(cfg: TrainConfig, devices: Sequence[jax.Device] | None) -> None:
+    machine = mesh_choice.machine_of(jax.devices() if devices is None else devices, cfg.mesh.slices)
+    n_params = count(models.family(cfg.model.family).specs(cfg.model))
+    cfg.mesh, reasons = mesh_choice.choose(cfg, n_params, machine)
+    if distributed.is_main():
+        print("\n".join(reasons), flush=True)
 
 
 def _prepare(cfg: TrainConfig, workdir: Path) -> Corpus:
@@ -126,17 +142,25 @@ def _prepare(cfg: TrainConfig, workdir: Path) -> Corpus:
         return made[0].directory
 
     root = distributed.from_main("data", prepare)
-    return made[0] if made else prepare_in(root, cfg.data, cfg.tokenizer, writer=False)
+    if made:
+        return made[0]
+    return prepare_in(root, cfg.data, cfg.tokenizer, writer=False, verify=False)
 
 
 class _Run:
     """One process's share of a run: the pieces that the loop needs at hand."""
 
     def __init__(
-        self, cfg: TrainConfig, workdir: Path, corpus: Corpus, program: Program, peak: float
+        self,
+        cfg: TrainConfig,
+        workdir: Path,
+        corpus: Corpus,
+        program: Program,
+        peak: float,
+        compare: Comparison | None,
     ):
         self.cfg, self.workdir, self.corpus, self.program = cfg, workdir, corpus, program
-        self.peak = peak
+        self.peak, self.compare = peak, compare
         self.main = distributed.is_main()
         blocks, block_count = distributed.row_blocks(program.mesh)
         lengths = corpus.tokenizer.token_lengths()
@@ -179,21 +203,7 @@ class _Run:
 
     def describe(self) -> dict[str, Any]:
         """What would run, printed; nothing is compiled."""
-        cfg, m = self.cfg, self.cfg.model
-        rows = {
-            "parameters": count(self.program.specs),
-            "parameters without embeddings": count(self.program.specs, embeddings=False),
-            "mesh": " ".join(f"{a}={n}" for a, n in self.program.mesh.shape.items() if n > 1)
-            or "one device",
-            "compute type": m.dtype,
-            "tokens a step": self.tokens_per_step,
-            "tokens in all": self.tokens_per_step * cfg.steps,
-            "training tokens in the data": sum(s.tokens.total for s in self.corpus.train),
-            "held-out tokens": 0
-            if self.corpus.evaluation is None
-            else self.corpus.evaluation.total,
-            "training FLOPs": self.flops_per_token * self.tokens_per_step * cfg.steps,
-        }
+        rows = summary.describe(self.cfg, self.program, self.corpus, self.flops_per_token)
         for name, value in rows.items():
             self._say(f"{name:32} {value:,}" if isinstance(value, int) else f"{name:32} {value}")
         return rows
@@ -222,10 +232,14 @@ class _Run:
     # The loop ----------------------------------------------------------------------------------
 
     def train(self, begin: float) -> dict[str, Any]:
+        positions = distributed.positions if jax.process_count() > 1 else None
+        with Watchdog(self.cfg.log.watchdog_minutes, positions) as watch:
+            return self._train(begin, watch)
+
+    def _train(self, begin: float, watch: Watchdog) -> dict[str, Any]:
         cfg, program = self.cfg, self.program
-        finished = self.workdir / "summary.json"
         several = jax.process_count() > 1
-        watch = Watchdog(cfg.log.watchdog_minutes, distributed.positions if several else None)
+        finished = self.workdir / "summary.json"
         checkpoints = Checkpoints(
             self.workdir / "checkpoints", cfg, self.corpus.tokenizer, self.loader.identity
         )
@@ -304,7 +318,6 @@ class _Run:
             stop.restore()
             self.progress.close()
             self.log.close()
-            watch.stop()
         checkpoints.close()
         if stop.asked and int(state.step) < cfg.steps:
             self._say(
@@ -450,6 +463,7 @@ class _Run:
             flops=self.flops_per_token * self.tokens_per_step * int(state.step),
             wall_seconds=time.perf_counter() - begin,
             active=self.main,
+            compare=self.compare and partial(self.compare, self.cfg, self.program.mesh, self.peak),
         )
         return result
 

@@ -1,14 +1,46 @@
-"""What a finished run leaves: summary.json and report.md with its plots."""
+"""What a run would be, and what a finished one leaves: summary.json and report.md with its plots."""
 
 import json
+import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llm_jax import report
+from llm_jax import report, sharding
 from llm_jax.config import TrainConfig
+from llm_jax.nn import pipeline
 from llm_jax.nn.params import count
+from llm_jax.train.program import Program
 from llm_jax.types import PyTree
+
+
+def describe(
+    cfg: TrainConfig, program: Program, corpus: Any, flops_per_token: float
+) -> dict[str, Any]:
+    """What a run would be, before anything is compiled."""
+    mesh, per_step = program.mesh, cfg.batch_size * cfg.length
+    rows = {
+        "parameters": count(program.specs),
+        "parameters without embeddings": count(program.specs, embeddings=False),
+        "mesh": " ".join(f"{a}={n}" for a, n in mesh.shape.items() if n > 1) or "one device",
+    }
+    if (stages := mesh.shape["stage"]) > 1:
+        shards = math.prod(mesh.shape[a] for a in sharding.RULES["batch"])
+        n = pipeline.microbatches(cfg.model, cfg.batch_size // cfg.accumulation, shards, stages)
+        idle = pipeline.bubble(n, stages, cfg.model.pipeline_turns)
+        rows["pipeline"] = (
+            f"{stages} stages, {n} micro-batches, turns {cfg.model.pipeline_turns}: {idle:.0%} bubble"
+        )
+    held_out = corpus.evaluation
+    return rows | {
+        "compute type": cfg.model.dtype,
+        "tokens a step": per_step,
+        "tokens in all": per_step * cfg.steps,
+        "training tokens in the data": sum(s.tokens.total for s in corpus.train),
+        "held-out tokens": 0 if held_out is None else held_out.total,
+        "training FLOPs": flops_per_token * per_step * cfg.steps,
+    }
 
 
 def write(
@@ -21,8 +53,12 @@ def write(
     flops: float,
     wall_seconds: float,
     active: bool = True,
+    compare: Callable[[dict], list[dict[str, Any]]] | None = None,
 ) -> dict[str, Any]:
-    """Writes both from metrics.jsonl; returns the summary. Losses are in nats a token."""
+    """Writes both from metrics.jsonl; returns the summary. Losses are in nats a token.
+
+    `compare` makes rows of a table from the summary: predicted against measured.
+    """
     if not active:
         return {}
     metrics = report.read_metrics(workdir / "metrics.jsonl")
@@ -47,12 +83,17 @@ def write(
         "wall_seconds": wall_seconds,
     }
     (workdir / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
-    write_report(workdir, cfg, result, metrics, corpus)
+    write_report(workdir, cfg, result, metrics, corpus, compare(result) if compare else [])
     return result
 
 
 def write_report(
-    workdir: Path, cfg: TrainConfig, result: dict, metrics: dict[str, list], corpus: Any
+    workdir: Path,
+    cfg: TrainConfig,
+    result: dict,
+    metrics: dict[str, list],
+    corpus: Any,
+    compared: list[dict[str, Any]],
 ) -> Path:
     """report.md: the numbers, the curves, the samples, the data and the config."""
     steps = metrics["step"]
@@ -72,6 +113,7 @@ def write_report(
             [{"what": k.replace("_", " "), "value": v} for k, v in result.items() if v is not None],
             caption="Summary (losses in nats a token)",
         ),
+        *([report.Table(compared, caption="Predicted, and measured")] if compared else []),
         report.Plot("loss", losses, title="Loss", xlabel="step", ylabel="nats a token"),
         report.Plot(
             "bits_per_byte",
@@ -110,6 +152,17 @@ def write_report(
             ylabel="tokens a second",
         ),
     ]
+    if "expert_load_max" in metrics:
+        ends = [("expert_load_max", "most used expert"), ("expert_load_min", "least used expert")]
+        blocks.append(
+            report.Plot(
+                "expert_load",
+                [curve(key, label, smooth=smooth) for key, label in ends],
+                title="Share of a layer's assignments that one expert gets",
+                xlabel="step",
+                ylabel=f"share (even: {1 / cfg.model.moe.n_experts:.3f})",
+            )
+        )
     samples = _samples(workdir)
     if samples:
         blocks.append(report.Text("## Samples"))

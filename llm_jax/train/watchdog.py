@@ -41,7 +41,8 @@ def end(line: str, delay: float = 0.0) -> None:
 
 
 class Watchdog:
-    """A thread that calls `end` when `mark` was not called for `minutes` (0: never).
+    """A thread that calls `end` when `mark` was not called for `minutes` (0: never), until the
+    context that it is ends.
 
     `kill -USR1 PID` prints the stacks at any time and changes nothing.
     """
@@ -84,8 +85,10 @@ class Watchdog:
                 end(f"{line}; see log.watchdog_minutes; {RESUME}")
                 self.mark("hung session")
 
-    def stop(self) -> None:
-        """No more watching."""
+    def __enter__(self) -> "Watchdog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._done.set()
 
 

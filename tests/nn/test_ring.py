@@ -154,9 +154,10 @@ def test_work_and_travel_are_those_of_the_design(c):
 
     with on(context=c):
         back = pull_back(ring, A.Mask(), A.Shape())
-        # Two products a block: three blocks at home, two in each later step. A ring of whole,
-        # masked rows would take 4 * c.
-        assert count("dot_general", forward(), q, k, v) == 2 * (3 + 2 * (c - 1))
+        # Two products a block: three blocks at home, two in each later step. A ring of whole
+        # rows would have four in each later step, half of them masked.
+        stretches = forward(block=L // (2 * c))
+        assert count("dot_general", stretches, q, k, v) == 2 * (3 + 2 * (c - 1))
         # q, k, v and o change places in two halves; k and v go c - 1 steps.
         there = 2 * 4 + 2 * (c - 1)
         assert count("ppermute", forward(), q, k, v) == there

@@ -1,8 +1,10 @@
 """Several processes are one job: the same losses, one set of files, one stop, one resume."""
 
+import io
 import json
 import signal
 import time
+import urllib.error
 from pathlib import Path
 
 import jax
@@ -15,7 +17,7 @@ from configs import smoke
 from llm_jax import api
 from llm_jax import config as configs
 from llm_jax.sharding import MESH_AXES
-from llm_jax.train import distributed, loop
+from llm_jax.train import cluster, distributed, loop
 
 SHORT = {
     "steps": 12,
@@ -126,16 +128,43 @@ NAMED = {
     ],
 )
 def test_what_a_process_is_a_part_of(env, flags, want):
-    found = distributed.find(**flags, env=env)
+    found = cluster.find(**flags, env=env)
     assert (tuple(found) if found else None) == want
 
 
 def test_the_first_pod_of_a_job_is_known_by_name(monkeypatch):
-    monkeypatch.setattr(distributed.socket, "getfqdn", lambda name: f"{name}.pods.default.svc")
-    found = distributed.find(env={**POD, "HOSTNAME": "run-3"})
+    monkeypatch.setattr(cluster.socket, "getfqdn", lambda name: f"{name}.pods.default.svc")
+    found = cluster.find(env={**POD, "HOSTNAME": "run-3"})
     assert found == ("Kubernetes", "run-0.pods.default.svc:8476", 4, 3, False)
     with pytest.raises(ValueError, match="JAX_COORDINATOR_ADDRESS"):
-        distributed.find(env={**POD, "HOSTNAME": "somebody-else"})
+        cluster.find(env={**POD, "HOSTNAME": "somebody-else"})
+
+
+@pytest.mark.parametrize(
+    ("attributes", "want"),
+    [
+        ({"worker-network-endpoints": "a,b,c,d"}, "a Cloud TPU pod"),
+        ({"worker-network-endpoints": "x:1:10.0.0.2", "tpu-env": ""}, None),
+        (
+            {"worker-network-endpoints": "a", "tpu-env": "ZONE: 'z'\nMEGASCALE_NUM_SLICES: '2'\n"},
+            "a Cloud TPU pod",
+        ),
+        ({}, None),  # a notebook's TPU
+    ],
+)
+def test_a_tpu_asks_its_machine_whether_it_is_a_pod(monkeypatch, attributes, want):
+    def urlopen(request, timeout):
+        name = request.full_url.rsplit("/", 1)[1]
+        if name not in attributes:
+            raise urllib.error.URLError("404")
+        return io.BytesIO(attributes[name].encode())
+
+    monkeypatch.setattr(cluster, "accelerators", lambda: [("tpu", "TPU accel0")])
+    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(cluster.urllib.request, "urlopen", urlopen)
+    found = cluster.find(env={})
+    assert (found.how if found else None) == want
+    assert cluster.find(env={"TPU_SKIP_MDS_QUERY": "1"}) is None
 
 
 @pytest.mark.parametrize(
@@ -166,7 +195,7 @@ def test_the_first_pod_of_a_job_is_known_by_name(monkeypatch):
 )
 def test_half_of_what_is_needed_is_an_error_of_one_line(env, flags, message):
     with pytest.raises(ValueError, match=message) as caught:
-        distributed.find(**flags, env=env)
+        cluster.find(**flags, env=env)
     assert "\n" not in str(caught.value)
 
 

@@ -64,7 +64,8 @@ def test_compiling_and_being_stopped_do_not_count():
         dog.mark("step")
         print("goes on", flush=True)
         time.sleep(0.3)
-        dog.stop()
+        with dog:
+            pass
         time.sleep(1.0)
         print("done", flush=True)
     """)
