@@ -23,11 +23,14 @@ from llm_jax.sharding import MESH_AXES
 ROOM, TIGHT = 0.6, 0.9  # shares of the memory that an estimate may fill; the second if need be
 EQUAL = 1.05  # meshes whose steps take no longer than this times the best count as equally fast
 SPILL = 0.25  # share of the communication beside the computation that costs time all the same
-LONG = 32_768  # tokens a row from which, of equally fast meshes, context is taken before tensor
+# Tokens a row from which context is taken, and before tensor. Shorter ones are left whole if they
+# can be: attention round a ring has no fused kernel.
+LONG = 32_768
 # Bytes of optimizer state a parameter; muon's is for matrices, nearly all of a model.
 MOMENTS = {"adamw": 8, "muon": 4, "adafactor": 0}
 
 Shape = dict[str, int]  # size of each of MESH_AXES
+CONTEXT = MESH_AXES.index("context")
 
 
 class Machine(NamedTuple):
@@ -80,7 +83,7 @@ def estimate(cfg: TrainConfig, shape: Shape, n_params: int, machine: Machine) ->
     shards = data * fsdp * expert
     tokens = cfg.batch_size / k * cfg.length / (shards * context)  # a micro-batch's, here
     layers = m.n_layers / stage
-    bubble, passes = 0.0, k  # through a layer's weights: each gathers and reduces them
+    n, bubble, passes = 1, 0.0, k  # passes through a layer's weights: each gathers, reduces them
     if stage > 1:
         n = pipeline.microbatches(m, cfg.batch_size // k, shards, stage)
         bubble = pipeline.bubble(n, stage, m.pipeline_turns)
@@ -94,18 +97,19 @@ def estimate(cfg: TrainConfig, shape: Shape, n_params: int, machine: Machine) ->
     dense = max(n_params - routed - table, 0)
     held = ((dense + routed) / stage + table) / (fsdp * expert * tensor)
 
-    # Activations a token and layer: what model.remat keeps, and all of the layer in work twice.
+    # Activations a token and layer, in elements: what model.remat keeps (with "none" that is norms
+    # in float32, and gates before and after), and twice the layer in work.
     width = (moe.top_k + moe.n_shared) * moe.d_ff if moe.n_experts else m.d_ff
     heads, keys = m.n_heads * Dh, m.kv_heads * Dh
     scores = m.n_heads * cfg.length if cfg.length <= m.attention_block and context == 1 else 0
-    all_of_it = 4 * D + 2 * heads + 2 * keys + matrices * width + scores
+    layer = 4 * D + 2 * heads + 2 * keys + matrices * width + scores
     kept = {
-        "none": all_of_it,
+        "none": 6 * D * 4 / e + 3 * heads + 2 * keys + (2 * matrices - 1) * width + scores,
         "dots": 3 * D + heads + 2 * keys + (matrices - 1) * width,
         "attention": D + heads,
         "full": D,
     }[m.remat]
-    per_token = kept * through / k + 2 * all_of_it + 8 * D
+    per_token = kept * through / k + 2 * layer / n + 8 * D
 
     # Communication, bytes a device receives in a step.
     others = lambda size: (size - 1) / size  # noqa: E731
@@ -176,6 +180,8 @@ def choose(cfg: TrainConfig, n_params: int, machine: Machine) -> tuple[MeshConfi
     fitting = {sizes: e for sizes, e in estimates.items() if e.memory <= room}
     if not fitting:
         raise ValueError(_nothing_fits(cfg, tried, fixed, machine))
+    if cfg.length < LONG:
+        fitting = {s: e for s, e in fitting.items() if s[CONTEXT] == 1} or fitting
     best = min(e.time for e in fitting.values())
     equal = [sizes for sizes, e in fitting.items() if e.time <= EQUAL * best]
     chosen = min(equal, key=lambda sizes: _simplicity(sizes, machine, cfg.length))
@@ -213,7 +219,7 @@ def _simplicity(sizes: tuple[int, ...], machine: Machine, length: int) -> tuple:
     What is cut at all is cut as finely as that leaves open."""
     shape = dict(zip(MESH_AXES, sizes, strict=True))
     cuts = [shape[a] for a in ("stage", "context", "tensor")]
-    last = shape["tensor"] if length >= LONG else shape["context"]
+    last = shape["tensor"] if length >= LONG else 1
     across = sharding.crossing(shape, machine.groups)["fsdp"]
     fine = [(shape[a] > 1, -shape[a]) for a in ("expert", "fsdp")]
     return sum(n > 1 for n in cuts), math.prod(cuts), last, across, *fine, sizes

@@ -233,6 +233,40 @@ def over_mesh(f: Callable, in_specs: PyTree, out_specs: PyTree) -> Callable:
     return jax.shard_map(f, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)
 
 
+def gather_pieces(x: Array, over: Sequence[str], axis: int) -> Array:
+    """Inside `over_mesh`: the pieces along `axis` of an array cut over mesh axes, put together."""
+    for name, groups in reversed(_steps(over)):
+        x = jax.lax.all_gather(x, name, axis=axis, tiled=True, axis_index_groups=groups)
+    return x
+
+
+def sum_pieces(x: Array, over: Sequence[str], axis: int) -> Array:
+    """Inside `over_mesh`: the sum over mesh axes, of which each device keeps its piece along `axis`."""
+    for name, groups in _steps(over):
+        x = jax.lax.psum_scatter(
+            x, name, scatter_dimension=axis, tiled=True, axis_index_groups=groups
+        )
+    return x
+
+
+def _steps(over: Sequence[str]) -> list[tuple[str, list[list[int]] | None]]:
+    """Mesh axes from major to minor with the groups of devices along them.
+
+    The TPU compiler turns a gather or a scatter over *all* devices into an all-reduce of the whole
+    array, which sends and holds twice as much: an axis that is the whole mesh goes in two steps.
+    """
+    mesh, steps = jax.sharding.get_abstract_mesh(), []
+    for name in over:
+        n = mesh.shape[name]
+        inner = max((d for d in range(1, math.isqrt(n) + 1) if n % d == 0), default=1)
+        if platform() != "tpu" or n < mesh.size or inner == 1:
+            steps.append((name, None))
+            continue
+        steps.append((name, [[j * inner + i for j in range(n // inner)] for i in range(inner)]))
+        steps.append((name, [[j * inner + i for i in range(inner)] for j in range(n // inner)]))
+    return steps
+
+
 def platform() -> str:
     """What the program is made for: "cpu", "gpu" or "tpu". It is the ambient mesh's platform, which
     need not be this machine's (compiling ahead of time), and without a mesh the default backend."""

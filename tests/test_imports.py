@@ -10,6 +10,7 @@ CHAIN = [
     {"types", "config"},
     {"sharding"},
     {"nn"},
+    {"mesh"},
     {"models"},
     {"decode"},
     {"eval"},
@@ -24,6 +25,7 @@ BESIDE = {
     "objectives": {"types"},
     "tokenizers": set(),
     "report": set(),
+    "chips": set(),
     "corpus": set(),
     "data": {"types", "config", "tokenizers", "corpus"},
     "peft": {"types", "config", "sharding", "nn"},
@@ -33,6 +35,7 @@ SEEN_FROM = {
     "objectives": 3,
     "tokenizers": RANK["decode"],
     "report": RANK["decode"],
+    "chips": RANK["mesh"],
     "corpus": RANK["eval"],
     "data": RANK["decode"],
     "peft": RANK["decode"],
@@ -86,3 +89,5 @@ def test_imports_point_left(path):
 def test_the_rule_can_fail():
     assert not allowed("nn", "models") and not allowed("objectives", "models")
     assert not allowed("data", "train") and allowed("train", "data")
+    assert not allowed("train", "scaling") and allowed("scaling", "train")
+    assert not allowed("chips", "config") and allowed("train", "chips")

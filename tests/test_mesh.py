@@ -64,6 +64,13 @@ MOE = {"model.moe.n_experts": 8}
         (recipe(TINY, 28, 256), h100(7), {"data": 7}, "gradients"),
         # Rows run out: what is left of the devices shares the work on each.
         (recipe(LLAMA3_8B, 4, 2048), h100(8, 400 * GB), {"data": 4, "tensor": 2}, "batch_size=4"),
+        # Three heads and three layers: only the length is left to cut, short as it is.
+        (
+            recipe(TINY | {"n_heads": 3, "kv_heads": 3, "n_layers": 3, "d_model": 96}, 4, 256),
+            h100(8),
+            {"data": 4, "context": 2},
+            "as mesh.fsdp=2 instead, batch_size=4",
+        ),
         # 121 GB of state do not fit once. fsdp=2 or 4 would do; 8 costs no more inside a node.
         (recipe(LLAMA2_7B, 64, 4096), h100(8), {"fsdp": 8}, "a device would hold 140"),
         # Between nodes copies, so that gathered weights stay on the fast links.
@@ -101,7 +108,7 @@ MOE = {"model.moe.n_experts": 8}
         (
             recipe(LLAMA2_70B, 256, 4096, accumulation=2),
             h100(64, memory=141 * GB, slow=490_000.0),
-            {"fsdp": 2, "stage": 8, "tensor": 4},
+            {"fsdp": 8, "stage": 8},
             "mesh.stage (8 pieces)",
         ),
     ],

@@ -13,7 +13,7 @@ embed). Between the two the stream is cut along its length over "tensor" too (Ko
 Matrices that read the same stream go through `read` together, so that it is gathered once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -51,11 +51,11 @@ def read(ps: Sequence[PyTree], x_BxLxD: Array, outs: Sequence[str]) -> list[Arra
     def local(ps, x):
         if "tensor" in _names(stream[1]):
             x = jax.lax.all_gather(x, "tensor", axis=1, tiled=True)
-        return [_affine(p | {"w": _gather(p["w"], fsdp, 0)}, x) for p in ps]
+        return [_product(p, x, fsdp, 0) for p in ps]
 
     specs = [_specs(p, ("embed", out), mesh) for p, out in zip(ps, outs, strict=True)]
     ys = [PartitionSpec(batch, length, *sharding.partition_spec((out,), mesh)) for out in outs]
-    return sharding.over_mesh(_regather(local), (specs, stream), ys)(list(ps), x_BxLxD)
+    return sharding.over_mesh(local, (specs, stream), ys)(list(ps), x_BxLxD)
 
 
 def write(p: PyTree, x_BxLxF: Array, axis: str) -> Array:
@@ -69,7 +69,7 @@ def write(p: PyTree, x_BxLxF: Array, axis: str) -> Array:
     inner = PartitionSpec(batch, length, *sharding.partition_spec((axis,), mesh))
 
     def local(p, x):
-        y = _affine({"w": _gather(p["w"], fsdp, 1)}, x)  # the bias counts once, after the sum
+        y = _product({"w": p["w"]}, x, fsdp, 1)  # the bias counts once, after the sum
         if "tensor" in _names(stream[1]):
             y = jax.lax.psum_scatter(y, "tensor", scatter_dimension=1, tiled=True)
         elif cut:
@@ -77,7 +77,7 @@ def write(p: PyTree, x_BxLxF: Array, axis: str) -> Array:
         return y + p["bias"].astype(y.dtype)[None, None, :] if "bias" in p else y
 
     specs = (_specs(p, (axis, "embed"), mesh), inner)
-    return sharding.over_mesh(_regather(local), specs, stream)(p, x_BxLxF)
+    return sharding.over_mesh(local, specs, stream)(p, x_BxLxF)
 
 
 def embed(table_VxD: Array, ids_BxL: Array, axis: str | None = "vocab") -> Array:
@@ -89,7 +89,7 @@ def embed(table_VxD: Array, ids_BxL: Array, axis: str | None = "vocab") -> Array
     fsdp, cut = _cut("embed", mesh), bool(axis and _cut(axis, mesh))
 
     def local(table, ids):
-        table = _gather(table, fsdp, 1)
+        table = sharding.gather_pieces(table, fsdp, 1)
         if not cut:
             rows = weights.rows(table, ids)
             if "tensor" not in _names(stream[1]):
@@ -124,18 +124,16 @@ def _gathered(p: PyTree, axes: tuple[str, str]) -> PyTree:
     return p | {"w": sharding.constrain(p["w"], *(None if a == "embed" else a for a in axes))}
 
 
-def _gather(w: Array, over: tuple[str, ...], axis: int) -> Array:
-    return jax.lax.all_gather(w, over, axis=axis, tiled=True) if over else w
+def _product(p: PyTree, x: Array, over: tuple[str, ...], axis: int) -> Array:
+    """x @ w + bias, with w's pieces along `axis` put together, and again in the backward pass: kept,
+    the matrices of a whole model would be all that sharding saves, and those of a recomputed layer
+    most of what the layer holds."""
 
+    def f(p, x):
+        return _affine(p | {"w": sharding.gather_pieces(p["w"], over, axis)}, x)
 
-def _regather(f: Callable) -> Callable:
-    """f, whose gathered matrices are not kept for the backward pass: of a whole model they would be
-    all that sharding saves."""
-
-    def keep(primitive, *_, **params) -> bool:
-        return primitive.name != "all_gather" or "tensor" in params["axis_name"]
-
-    return jax.checkpoint(f, policy=keep, prevent_cse=False)
+    keep = lambda primitive, *_, **__: primitive.name != "all_gather"  # noqa: E731
+    return jax.checkpoint(f, policy=keep)(p, x) if over else f(p, x)
 
 
 def _cut(axis: str, mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:

@@ -164,7 +164,7 @@ def _split(table_VxD: Array, n: int, size: int, shape: Shape) -> tuple[Array, Ar
 
 def _gather(rows: Array, shape: Shape) -> Array:
     """A chunk's rows in their whole width."""
-    return jax.lax.all_gather(rows, shape.width, axis=1, tiled=True) if shape.width else rows
+    return sharding.gather_pieces(rows, shape.width, axis=1)
 
 
 def _capped_logits(rows: Array, x: Array, ids: Array, shape: Shape) -> Array:
@@ -275,8 +275,7 @@ def _backward(
         dz = dz.astype(x.dtype)
         d_rows = jnp.einsum("nv,nd->vd", dz, x, preferred_element_type=jnp.float32)
         d_x = d_x + jnp.einsum("nv,vd->nd", dz, rows, preferred_element_type=jnp.float32)
-        if shape.width:
-            d_rows = jax.lax.psum_scatter(d_rows, shape.width, scatter_dimension=1, tiled=True)
+        d_rows = sharding.sum_pieces(d_rows, shape.width, axis=1)
         if over := tuple(a for a in shape.rows if a not in shape.width):
             d_rows = jax.lax.psum(d_rows, over)
         return d_x, d_rows
