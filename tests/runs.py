@@ -94,7 +94,7 @@ def start_job(processes: int, module: str, *args: str, devices: int = 1) -> list
     ]
 
 
-def finish_job(job: list[subprocess.Popen], timeout: float = 200) -> list[tuple[int, str, str]]:
+def finish_job(job: list[subprocess.Popen], timeout: float = 400) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of each process; none of them outlives the test."""
     with ThreadPoolExecutor(len(job)) as pool:
         try:

@@ -189,11 +189,12 @@ def predict_run(
     they were measured. A kind that is not in the table counts as a CPU's core.
     """
     chip = chips.by_kind(device_kind) or chips.find("cpu")
+    slices = len(sharding.fast_groups(list(mesh.devices.flat), cfg.mesh.slices))
     given = {
         "peak_flops": peak_flops and peak_flops * chip.devices,
         "hbm_gb": hbm_bytes and hbm_bytes * chip.devices / GB,
+        "domain": mesh.size / slices / chip.devices,  # as the devices say
     }
-    slices = len(sharding.fast_groups(list(mesh.devices.flat), cfg.mesh.slices))
     out = predict(cfg, Assumptions(chip, given), mesh.abstract_mesh, slices=slices)
     return out | {
         "flops": out["flops_per_token"]["mfu"] * out["tokens_per_step"] * cfg.steps,

@@ -142,21 +142,24 @@ def finish() -> None:
 
 
 def fail(error: BaseException, report: Callable[[BaseException], None]) -> None:
-    """Reports an error and ends the process with exit code 1, where it is one of several.
+    """Reports an error and ends the process, where it is one of several: with exit code 1 where a
+    user can mend it, else with the watchdog's, so that the job is tried again.
 
     Without this it would wait for the others at its exit, and they for it in the next collective.
     """
     if _peers is None:
         return
     report(error)
+    code = 1
     if not isinstance(error, (ValueError, OSError, ImportError)):
         # Most likely a collective that failed because another process is gone: who it was is
         # about to arrive, and ends this process with that message.
         time.sleep(3)
+        code = watchdog.STUCK_EXIT
     sys.stdout.flush()
     sys.stderr.flush()
-    _peers.fail(str(error) or type(error).__name__)
-    os._exit(1)
+    _peers.fail(str(error) or type(error).__name__, code)
+    os._exit(code)
 
 
 class StopSignals:

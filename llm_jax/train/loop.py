@@ -213,7 +213,10 @@ class _Run:
     def initial_state(self, checkpoints: Checkpoints) -> TrainState:
         cfg = self.cfg
         key = jax.random.key(cfg.seed)
-        latest = checkpoints.latest()
+        # One answer for all: a network file system may show another machine an older folder.
+        latest = json.loads(
+            distributed.from_main("latest step", lambda: json.dumps(checkpoints.latest()))
+        )
         if latest is not None:
             for line in environment.config_changes(
                 checkpoint.load_config(checkpoints.directory), cfg

@@ -131,13 +131,13 @@ class Peers:
         self._leaving.set()
         self._tell("bye")
 
-    def fail(self, text: str) -> None:
-        """This process is about to end because of an error that `text` names."""
+    def fail(self, text: str, code: int) -> None:
+        """This process is about to end with `code` because of an error that `text` names."""
         self._leaving.set()
-        text = " ".join(text.split())
+        text = f"{code} " + " ".join(text.split())
         if self._process == 0:
             time.sleep(GRACE_SECONDS)
-            self._tell(f"dead process 0 of {self._count} ended with an error: {text}")
+            self._tell(f"dead {_failed('process 0', self._count, text)}")
             time.sleep(0.5)
         else:
             self._tell(f"failed {text}")
@@ -148,13 +148,21 @@ class Peers:
                 link.sendall(text.encode() + b"\n")
 
     def _end(self, reason: str) -> None:
+        """`reason` begins with an exit code: 1 is an error that somebody has to mend."""
         if self._leaving.is_set():
             return
         if self._process == 0:
             self._tell(f"dead {reason}")
         # Process 0 is also jax's coordinator, whose end the others do not survive for long: they
         # are to read the reason first.
-        end(f"{reason}; process {self._process} ends too: {RESUME}", 0.5 * (self._process == 0))
+        delay = 0.5 * (self._process == 0)
+        code, _, reason = reason.partition(" ")
+        line = f"{reason}; process {self._process} ends too"
+        if int(code) == STUCK_EXIT:
+            end(f"{line}: {RESUME}", delay)
+        print(line, file=sys.__stderr__, flush=True)
+        time.sleep(delay)
+        os._exit(int(code))
 
     def _listen(self, link: socket.socket) -> None:
         """The other processes: what process 0 says, or that it is gone."""
@@ -196,7 +204,7 @@ class Peers:
                     elif lines.name and kind == "bye":
                         lines.name = ""
                     elif lines.name and kind == "failed" and not reason:
-                        reason = f"{lines.name} of {self._count} ended with an error: {text}"
+                        reason = _failed(lines.name, self._count, text)
                         due = time.monotonic() + GRACE_SECONDS
                 if not data:
                     poll.unregister(link)
@@ -221,7 +229,13 @@ class _Lines:
 
 
 def _died(name: str, count: int) -> str:
-    return f"{name} of {count} died (killed, out of memory, or its machine is gone)"
+    what = f"{name} of {count} died (killed, out of memory, or its machine is gone)"
+    return f"{STUCK_EXIT} {what}"
+
+
+def _failed(name: str, count: int, text: str) -> str:
+    code, _, text = text.partition(" ")
+    return f"{code} {name} of {count} ended with an error: {text}"
 
 
 def _listener() -> socket.socket:

@@ -68,7 +68,7 @@ def alone(corpus, tmp_path_factory):
 
 
 def wait_for_line(job, workdir, count: int) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 400
     while len(lines(workdir)) < count:
         if any(p.poll() is not None for p in job) or time.monotonic() > deadline:
             for process in job:

@@ -57,13 +57,13 @@ def test_compiling_and_being_stopped_do_not_count():
     process = run("""
         import time
         from llm_jax.train import watchdog
-        dog = watchdog.Watchdog(0.01)  # 0.6 s
+        dog = watchdog.Watchdog(0.005)  # 0.3 s
         for kind in ("step", "step", "evaluation", "evaluation"):
             dog.mark(kind)
-            time.sleep(0.8)
+            time.sleep(1.0)
         dog.mark("step")
         print("goes on", flush=True)
-        time.sleep(0.3)
+        time.sleep(0.1)
         with dog:
             pass
         time.sleep(1.0)
@@ -107,9 +107,16 @@ PEERS = """
 
     path, process, what = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     peers = watchdog.Peers(process, 3, "127.0.0.1", Store())
+    open(f"{path}.in.{process}", "w").close()
+    while not all(os.path.exists(f"{path}.in.{i}") for i in range(3)):
+        time.sleep(0.02)
     if what == "fails":
-        peers.fail("no space\\nleft")
+        time.sleep(0.4 * process)
+        peers.fail("no space\\nleft", 1)
         os._exit(1)
+    if what == "crashes":
+        peers.fail("XlaRuntimeError", 70)
+        os._exit(70)
     if what == "finishes":
         peers.finish()
         sys.exit(0)
@@ -163,13 +170,23 @@ def test_a_killed_process_ends_the_others_at_once(tmp_path, victim):
             assert "in in_a_collective" in err, err
 
 
-@pytest.mark.parametrize("fails", [0, 2])
-def test_an_error_of_one_process_is_told_to_the_others(tmp_path, fails):
-    ends, seconds = peers(tmp_path, *("fails" if i == fails else "hangs" for i in range(3)))
-    assert [code for code, _ in ends] == [1 if i == fails else 70 for i in range(3)]
+@pytest.mark.parametrize(
+    ("process", "what", "code", "text"),
+    [
+        (0, "fails", 1, "no space left; process {} ends too\n"),
+        (2, "fails", 1, "no space left; process {} ends too\n"),
+        (1, "crashes", 70, "XlaRuntimeError; process {} ends too: run the same command again"),
+    ],
+)
+def test_an_error_of_one_process_is_told_to_the_others(tmp_path, process, what, code, text):
+    """What somebody has to mend ends all with 1, so that no scheduler tries again."""
+    ends, seconds = peers(tmp_path, *(what if i == process else "hangs" for i in range(3)))
+    assert [c for c, _ in ends] == [code] * 3
     for i, (_, err) in enumerate(ends):
-        if i != fails:
-            assert f"process {fails} " in err and "ended with an error: no space left" in err, err
+        if i != process:
+            assert f"process {process} " in err, err
+            assert "of 3 ended with an error: " + text.format(i) in err, err
+            assert (STACKS in err) == (code == 70), err
     assert seconds < 12
 
 
