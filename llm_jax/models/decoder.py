@@ -7,6 +7,7 @@ With experts (`cfg.moe`) the MLP is a mixture of them.
 """
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,9 @@ from llm_jax.nn.dense import embed
 from llm_jax.nn.params import Normal, ParamSpec, flatten, stacked, unflatten
 from llm_jax.nn.stack import stack
 from llm_jax.types import Array, Batch, Cache, Hidden, PyTree, Scores
+
+# A router works in float32: in bfloat16 its bias would stop moving once it is large.
+KEEPS = re.compile(r"/scale$|/router/")
 
 
 def specs(cfg: ModelConfig) -> PyTree:
@@ -190,12 +194,12 @@ def head_table(params: PyTree) -> Array:
 
 
 def cast(params: PyTree, dtype: str) -> PyTree:
-    """Masters -> compute type, once for all layers; norms keep float32."""
+    """Masters -> compute type, once for all layers; norms and routers keep float32."""
     dtype = jnp.dtype(dtype)
     return unflatten(
         {
             path: leaf
-            if path.endswith("/scale") or isinstance(leaf, weights.Weight) or leaf.dtype == dtype
+            if KEEPS.search(path) or isinstance(leaf, weights.Weight) or leaf.dtype == dtype
             else leaf.astype(dtype)
             for path, leaf in flatten(params).items()
         }
