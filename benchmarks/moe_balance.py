@@ -10,7 +10,7 @@ chosen more learns more. Of each step the largest share of a layer's tokens that
 recorded (0.125 is even), of a run its mean over the last 50 steps, in the worst layer. A router's
 z-loss bounds its logits and balances nothing: it is recorded, not expected to help. Exits with code
 1 where a run without a remedy does not collapse (above 0.8) or one with a remedy is not balanced
-(below 0.3). About 5 minutes on 2 cores.
+(below 0.3). About 8 minutes on 2 cores.
 """
 
 import datetime
@@ -32,7 +32,7 @@ from llm_jax.types import Batch
 OUTPUT = flags.DEFINE_string("output", "", "JSON file to write; empty: none.")
 FIGURE = flags.DEFINE_string("figure", "", "PNG file of the plot; empty: none.")
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Random seeds, of parameters and batches.")
-STEPS = flags.DEFINE_integer("steps", 300, "Steps of each run, a multiple of 10.")
+STEPS = flags.DEFINE_integer("steps", 600, "Steps of each run, a multiple of 10.")
 
 ROWS, LENGTH, LAST = 32, 32, 50
 VARIANTS = {  # name -> (changes, whether it has to balance; None: for information)

@@ -21,7 +21,7 @@ def test_a_compiled_plan(tmp_path):
     plan = json.loads(path.read_text())
     assert plan["mesh"] == {"data": 4, "fsdp": 2} and plan["compile_seconds"] > 0
     assert plan["predicted_argument_bytes"] == pytest.approx(plan["argument_bytes"], rel=0.02)
-    assert 0.4 < plan["predicted_temp_bytes"] / plan["temp_bytes"] < 2.5
+    assert 0.6 < plan["predicted_temp_bytes"] / plan["temp_bytes"] < 1.6
     assert plan["total_bytes"] < 1.1 * (plan["argument_bytes"] + plan["temp_bytes"])
     assert plan["assumptions"]["price"] == {
         "value": 3.0, "unit": "$ a chip and hour", "source": "flag",
@@ -64,9 +64,7 @@ def test_llama_3_405b_from_its_recipe(tmp_path):
 def test_without_a_recipe():
     done = run_binary("plan", "--known_runs")
     assert done.returncode == 0 and "| Llama 3 405B | 15.60T | 3.79e+25 |" in done.stdout
-    done = run_binary(
-        "plan", "--params=175e9", "--tokens=300e9", "--chip=v100", "--devices=10000"
-    )
+    done = run_binary("plan", "--params=175e9", "--tokens=300e9", "--chip=v100", "--devices=10000")
     assert done.returncode == 0 and "3.15e+23" in done.stdout
     assert re.search(r"mfu +0\.4 .*default", done.stdout)
 

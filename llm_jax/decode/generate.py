@@ -1,5 +1,6 @@
 """Generation: one prefill and a `lax.while_loop` over a key-value cache, all on the device."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -189,7 +190,7 @@ def generate(
     n_slots = -(-max_new_tokens // OUTPUT_STEP) * OUTPUT_STEP
     B = len(encoded)
     mesh = sharding.ambient_mesh()
-    divisor = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    divisor = 1 if mesh is None else math.prod(mesh.shape[a] for a in sharding.RULES["batch"])
     rows = -(-B // divisor) * divisor  # the rest repeat the last prompt
     encoded += [encoded[-1]] * (rows - B)
     tokens = np.zeros((rows, P), np.int32)

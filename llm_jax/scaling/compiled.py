@@ -17,7 +17,8 @@ class Compiled(NamedTuple):
     """What one device needs, bytes, as the compiler has laid it out."""
 
     argument_bytes: int  # state and batch
-    temp_bytes: int
+    temp_bytes: int  # as allocated, gaps between buffers included
+    live_bytes: int | None  # of them at the same time, where the compiler tells (TPUs)
     output_bytes: int
     alias_bytes: int  # of the output, written over donated arguments
     compile_seconds: float
@@ -52,9 +53,13 @@ def compile_step(cfg: TrainConfig, devices: Sequence[jax.Device]) -> Compiled:
             f"the compiler finds no room for this step ({first}); use more devices, "
             "model.remat=full or a larger accumulation"
         ) from None
+    live = None
+    if devices[0].platform == "tpu":
+        live = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
     return Compiled(
         argument_bytes=memory.argument_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
+        live_bytes=live,
         output_bytes=memory.output_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
         compile_seconds=time.perf_counter() - begin,

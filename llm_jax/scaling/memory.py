@@ -29,11 +29,18 @@ MOMENTS = {
 }
 
 
+# Compilers allocate more than lives at a time: gaps between buffers and copies. Shares of what lives,
+# measured (docs/plan.md); what a TPU keeps of all layers is one buffer and adds none.
+GAPS = {"cpu": 0.3}
+GAPS_DEFAULT = 0.25
+
+
 class Memory(NamedTuple):
     """Bytes on one device."""
 
     arguments: dict[str, int]  # kind -> bytes; there before the step and after it
     temporaries: dict[str, float]  # kind -> bytes; not all at the same time
+    platform: str
 
     def at(self, moment: str) -> float:
         """Temporaries that live at one of MOMENTS."""
@@ -50,9 +57,17 @@ class Memory(NamedTuple):
         return sum(self.arguments.values())
 
     @property
+    def gaps(self) -> float:
+        """What is allocated on top at the peak."""
+        lives = self.at(self.peak)
+        if self.platform != "cpu" and "kept activations" in MOMENTS[self.peak]:
+            lives -= self.temporaries["kept activations"]
+        return GAPS.get(self.platform, GAPS_DEFAULT) * lives
+
+    @property
     def temp_bytes(self) -> int:
-        """Temporaries at the peak."""
-        return round(self.at(self.peak))
+        """Temporaries at the peak, as a compiler allocates them."""
+        return round(self.at(self.peak) + self.gaps)
 
 
 def predict(cfg: TrainConfig, mesh: AbstractMesh, platform: str) -> Memory:
@@ -80,6 +95,7 @@ def predict(cfg: TrainConfig, mesh: AbstractMesh, platform: str) -> Memory:
             "logits": _logits(cfg, lay, platform),
             "update": held * 4,
         },
+        platform,
     )
 
 
@@ -118,7 +134,7 @@ def working_set(cfg: TrainConfig, lay: Layout) -> dict[str, float]:
     m, x, t = cfg.model, _sizes(cfg, lay), lay.axes["tensor"]
     again = 2 * (2 * x["heads"] + 2 * x["kv"]) + x["scores"] if m.remat != "none" else 0
     # "tensor" gathers the stream's length before the layer's parts and cuts their gradients after.
-    stream = 3 * x["stream"] if t == 1 else 6 * lay.tokens * m.d_model * lay.itemsize
+    stream = 3 * x["stream"] if t == 1 else 4 * lay.tokens * m.d_model * lay.itemsize
     block = min(m.attention_block, lay.length)
     pair = lay.rows * m.n_heads / t * block * block * 4
     return {

@@ -96,6 +96,7 @@ def make_plan(
         out |= {
             "argument_bytes": built.argument_bytes,
             "temp_bytes": built.temp_bytes,
+            "live_temp_bytes": built.live_bytes,
             "total_bytes": built.total_bytes,
             "compile_seconds": built.compile_seconds,
             "host_peak_bytes": built.host_peak_bytes,
@@ -134,7 +135,10 @@ def predict(
         "flops_per_token": per_token,
         "flops_per_step": per_token["exact"] * per_step,
         "hardware_flops_per_step": roofline.hardware_flops(cfg) * per_step,
-        "bytes": {k: round(v) for k, v in (needs.arguments | needs.temporaries).items()},
+        "bytes": {
+            kind: round(n)
+            for kind, n in (needs.arguments | needs.temporaries | {"gaps": needs.gaps}).items()
+        },
         "peak": needs.peak,
         "predicted_argument_bytes": needs.argument_bytes,
         "predicted_temp_bytes": needs.temp_bytes,

@@ -105,9 +105,10 @@ def _memory_rows(p: Plan) -> list[tuple[str, ...]]:
     ]
     if p["temp_bytes"] is not None:
         seconds, host = p["compile_seconds"], p["host_peak_bytes"]
+        live = f"{size(p['live_temp_bytes'])} at a time" if p["live_temp_bytes"] else ""
         rows += [
             ("arguments, compiled", size(p["argument_bytes"])),
-            ("temporaries, compiled", size(p["temp_bytes"])),
+            ("temporaries, compiled", size(p["temp_bytes"]), live),
             ("compilation", duration(seconds), f"{size(host)} of this machine's memory"),
         ]
     if "kv_cache_bytes" in p:

@@ -37,7 +37,9 @@ def test_bill_by_hand():
     a = Assumptions(chips.find("h100"), {**LLAMA, "goodput": 0.5, "pue": 1.5})
     r = cost.bill(1800, 2, a)
     assert r["device_hours"] == 2 and r["cost"] == 4 and r["days"] == 1 / 24
-    assert r["kwh"] == pytest.approx(2 * 0.7 * 1.5) and r["co2e_kg"] == pytest.approx(r["kwh"] * 0.22)
+    assert r["kwh"] == pytest.approx(2 * 0.7 * 1.5) and r["co2e_kg"] == pytest.approx(
+        r["kwh"] * 0.22
+    )
 
 
 @pytest.mark.parametrize(

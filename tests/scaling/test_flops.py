@@ -44,9 +44,9 @@ def test_forward_counts_the_matmuls_that_are_traced(changes):
     cfg = tiny_model(**changes)
     params = P.abstract(decoder.specs(cfg))
     batch = random_batch(rows=2, length=16)
-    traced = jax.make_jaxpr(
-        lambda p: decoder.logits(p, decoder.hidden(p, batch, cfg).x, cfg)
-    )(params)
+    traced = jax.make_jaxpr(lambda p: decoder.logits(p, decoder.hidden(p, batch, cfg).x, cfg))(
+        params
+    )
     want = flops.forward(decoder.specs(cfg), cfg, 16, causal=False)
     assert matmul_flops(traced.jaxpr) == 32 * sum(want.values())
 

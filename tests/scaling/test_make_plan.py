@@ -90,6 +90,8 @@ def test_a_run_beside_its_prediction():
     assert memory["actual / predicted"] == 2
     # The measured peak is a device's: twice as fast ones take less time.
     faster = predict_run(cfg, mesh, "cpu", peak_flops=2e11)
-    assert faster["seconds"]["computation"] == pytest.approx(predicted["seconds"]["computation"] / 2)
+    assert faster["seconds"]["computation"] == pytest.approx(
+        predicted["seconds"]["computation"] / 2
+    )
     # A kind that nobody knows counts as a CPU's core.
     assert predict_run(cfg, mesh, "Some Accelerator 9000")["chip"] == "cpu"

@@ -8,11 +8,10 @@ from jax.sharding import AbstractMesh, AxisType
 from tiny import tiny_train
 
 from llm_jax import sharding
-from llm_jax.config import MoEConfig
 from llm_jax.scaling import memory
 from llm_jax.scaling.compiled import compile_step
 from llm_jax.scaling.layout import abstract_mesh
-from llm_jax.scaling.state import cache_bytes, state_bytes
+from llm_jax.scaling.state import state_bytes
 
 
 def mesh_of(**sizes) -> AbstractMesh:
@@ -86,5 +85,4 @@ def test_temporaries_are_near_the_compilers(changes, mesh):
     with optimised():
         built = compile_step(cfg, jax.devices()[:8])
     predicted = memory.predict(cfg, abstract_mesh(cfg, 8), "cpu").temp_bytes
-    print(predicted, built.temp_bytes, predicted / built.temp_bytes)
     assert predicted == pytest.approx(built.temp_bytes, rel=0.25)

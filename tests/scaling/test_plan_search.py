@@ -25,9 +25,9 @@ def test_the_fastest_of_what_fits_comes_first():
         # The config that comes with it is the one that was judged.
         again = predict(c.cfg, a, abstract_mesh(c.cfg, 8))
         assert again["step_seconds"] == c.plan["step_seconds"]
-    assert len({(str(c.plan["mesh"]), c.plan["remat"], c.plan["accumulation"]) for c in found}) == len(
-        found
-    )
+    assert len(
+        {(str(c.plan["mesh"]), c.plan["remat"], c.plan["accumulation"]) for c in found}
+    ) == len(found)
     text = search.table(found[:3])
     assert len(text) == 4 and found[0].plan["bound_by"] in text[1]
 

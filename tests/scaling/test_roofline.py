@@ -91,7 +91,10 @@ def test_changing_an_assumption_changes_the_plan(name):
     given = {"staff": 2.0}
     before = make_plan(cfg, Assumptions(PLAIN, given), 8)
     value = {"domain": 8, "mfu": 0.3, "goodput": 0.5, "efficiency": 0.5, "staff_years": 2.0}
-    changed = {**given, name: value.get(name, 2 * before["assumptions"].get(name, {}).get("value", 0))}
+    changed = {
+        **given,
+        name: value.get(name, 2 * before["assumptions"].get(name, {}).get("value", 0)),
+    }
     after = make_plan(cfg, Assumptions(PLAIN, changed), 8)
     told = after["assumptions"][name]
     assert told["source"] == "flag" and told["value"] == changed[name]
@@ -101,7 +104,11 @@ def test_changing_an_assumption_changes_the_plan(name):
 
 @pytest.mark.parametrize(
     ("given", "words"),
-    [({"mfu": 1.2}, "--mfu=1.2 is a share"), ({"price": -1}, "--price=-1"), ({"prize": 1}, "prize")],
+    [
+        ({"mfu": 1.2}, "--mfu=1.2 is a share"),
+        ({"price": -1}, "--price=-1"),
+        ({"prize": 1}, "prize"),
+    ],
 )
 def test_assumptions_that_cannot_be(given, words):
     with pytest.raises(ValueError, match=words):
