@@ -11,6 +11,7 @@ a checkpoint of step 30, saved on another layout, was restored on this one. Exit
 a difference is above its tolerance or a step was skipped (bad_steps). About 20 minutes on 2 cores.
 """
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -32,6 +33,9 @@ from experiments.cli import run_main
 
 OUTPUT = flags.DEFINE_string("output", "", "JSON file to write; empty: none.")
 ONLY = flags.DEFINE_list("only", [], "Layouts whose name has one of these words; empty: all.")
+FOLDER = flags.DEFINE_string(
+    "folder", "", "Keeps checkpoints and finished layouts; with it a second run goes on."
+)
 WORKER = flags.DEFINE_string("worker", "", "Internal: a job of layouts, as JSON.")
 
 STEPS, ROWS, LENGTH, VOCABULARY, DEVICES = 30, 16, 64, 256, 8
@@ -243,6 +247,14 @@ def work(job: dict) -> None:
     distributed.finish()
 
 
+def finished(results: str) -> dict[str, dict]:
+    """Name -> result of the layouts in a file of results."""
+    if not os.path.exists(results):
+        return {}
+    with open(results) as f:
+        return {line["name"]: line for line in map(json.loads, f)}
+
+
 def run(layouts: list[Layout], folder: str) -> dict[str, dict]:
     """Name -> result of layouts of one process count, in processes of their own."""
     n = layouts[0].processes
@@ -251,19 +263,24 @@ def run(layouts: list[Layout], folder: str) -> dict[str, dict]:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
     job = {"processes": n, "address": address, "folder": folder, "results": results}
-    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    # XLA's pool has a thread a core by default (NPROC). Devices that wait for each other in different
+    # collectives, of a pipeline and of its weights, can take all of them, and XLA ends the process.
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "NPROC": "48"}
     env.pop("XLA_FLAGS", None)
-    processes = []
-    for i in range(n):
-        worker = json.dumps({**job, "process": i, "layouts": [tuple(x) for x in layouts]})
-        command = [sys.executable, "-m", "benchmarks.parity", f"--worker={worker}"]
-        log = open(os.path.join(folder, f"worker-{n}-{i}.log"), "w")
-        processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
-    codes = [p.wait() for p in processes]
-    found = {}
-    if os.path.exists(results):
-        with open(results) as f:
-            found = {line["name"]: line for line in map(json.loads, f)}
+    # Should it happen all the same: what is missing is tried again, twice.
+    for _ in range(3):
+        found = finished(results)
+        missing = [layout for layout in layouts if layout.name not in found]
+        if not missing:
+            return found
+        processes = []
+        for i in range(n):
+            worker = json.dumps({**job, "process": i, "layouts": [tuple(x) for x in missing]})
+            command = [sys.executable, "-m", "benchmarks.parity", f"--worker={worker}"]
+            log = open(os.path.join(folder, f"worker-{n}-{i}.log"), "w")
+            processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+        codes = [p.wait() for p in processes]
+        found = finished(results)
     for layout in layouts:
         if layout.name not in found:
             with open(os.path.join(folder, f"worker-{n}-0.log")) as f:
@@ -337,7 +354,8 @@ def main(_) -> None:
     for model, dtype in kinds:
         needed += [Layout(model, SAVED_ON[model], 1, dtype), Layout(model, "data=1", 1, dtype)]
     begin = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.ExitStack() as stack:
+        folder = FOLDER.value or stack.enter_context(tempfile.TemporaryDirectory())
         results = {}
         for n in sorted({1, *(x.processes for x in layouts)}):
             mine = [x for x in layouts if x.processes == n]

@@ -5,7 +5,7 @@
         --input='data/*.parquet' --config.tokenizer.path=tokenizer.model
 
 4M tokens a step as in the paper (Touvron et al. 2023), over as many steps as Chinchilla's 20
-tokens a parameter take. By plan @TIME@.
+tokens a parameter take. By plan about two days on 256 v5e, 14,000 chip hours.
 """
 
 from configs import llama_1b
@@ -20,6 +20,7 @@ def get_config(name: str = "llama2_7b", architecture: str = "llama2-7b") -> Trai
             "batch_size": 1024,
             "length": 4096,
             "model.remat": "full",
+            "model.attention_block": 512,
             "optimizer.learning_rate": 3e-4,
             "optimizer.warmup_steps": 2000,
             "optimizer.final_learning_rate": 3e-5,

@@ -6,7 +6,7 @@
 
 Reproduces the published run (Llama Team 2024, section 3.4.1) at its final batch of 16M tokens from
 the start: 15.6T tokens, 3.8e25 FLOPs. Heads and the MLP are cut over the eight GPUs of a machine,
-parameters over the machines. By plan @TIME@.
+parameters over the machines. By plan about 80 days on 16,384 H100, 32 million GPU hours.
 """
 
 from configs import llama2_7b

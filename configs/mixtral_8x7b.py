@@ -6,7 +6,7 @@
 
 The published architecture (Jiang et al. 2024) and its balancing loss; data and schedule were not
 published: here 4M tokens a step, 20 for each active parameter. One expert a device in groups of
-eight, the rest fsdp. By plan @TIME@.
+eight, the rest fsdp. By plan about a week on 128 v5p.
 """
 
 from configs import llama2_7b

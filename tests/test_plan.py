@@ -21,7 +21,7 @@ def test_a_compiled_plan(tmp_path):
     plan = json.loads(path.read_text())
     assert plan["mesh"] == {"data": 4, "fsdp": 2} and plan["compile_seconds"] > 0
     assert plan["predicted_argument_bytes"] == pytest.approx(plan["argument_bytes"], rel=0.02)
-    assert 0.6 < plan["predicted_temp_bytes"] / plan["temp_bytes"] < 1.6
+    assert 0.4 < plan["predicted_temp_bytes"] / plan["temp_bytes"] < 2.5
     assert plan["total_bytes"] < 1.1 * (plan["argument_bytes"] + plan["temp_bytes"])
     assert plan["assumptions"]["price"] == {
         "value": 3.0, "unit": "$ a chip and hour", "source": "flag",

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from llm_jax import sharding
 from llm_jax.config import ModelConfig
 from llm_jax.nn import layers, positions
 from llm_jax.nn.blockwise import Mask, Shape, reference, xla
@@ -34,8 +35,8 @@ def cudnn(q: Array, k: Array, v: Array, mask: Mask, shape: Shape) -> Array:
 
 def cudnn_refuses(q: Array, mask: Mask, shape: Shape) -> str:
     """Why cuDNN cannot do this call; empty if it can."""
-    if jax.default_backend() != "gpu":
-        return f"the backend is {jax.default_backend()}"
+    if sharding.platform() != "gpu":
+        return f"the backend is {sharding.platform()}"
     if context_size() > 1:
         return f"mesh.context={context_size()} cuts rows along their length"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
