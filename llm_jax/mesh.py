@@ -118,7 +118,7 @@ def estimate(cfg: TrainConfig, shape: Shape, n_params: int, machine: Machine) ->
     sent = {
         "data": 2 * e * others(data * context)
         * ((dense + routed) / stage * passes + table * k) / (fsdp * expert * tensor),
-        "fsdp": 3 * e * others(fsdp * expert) * (dense / stage * passes + table * k) / tensor
+        "fsdp": (4 if again else 3) * e * others(fsdp * expert) * (dense / stage * passes + table * k) / tensor
         + 3 * e * others(fsdp) * routed / (stage * expert * tensor) * passes,
         "stage": 2 * stream * m.pipeline_turns * k / (1 - bubble) * (stage > 1),
         "expert": 4 * (expert - 1) * stream * through,

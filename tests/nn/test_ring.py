@@ -241,7 +241,7 @@ def test_errors_name_the_key(monkeypatch):
             ask("auto", length=38, causal=False)
         with pytest.raises(ValueError, match="cannot do a cached call"):
             ask("ring", start=jnp.int32(0))
-        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(sharding, "platform", lambda: "gpu")
         with pytest.raises(ValueError, match=r"cudnn is not available: mesh.context=4 cuts rows"):
             ask("cudnn")
 
