@@ -113,7 +113,9 @@ class ModelConfig(Config):
     moe: MoEConfig = field(default_factory=MoEConfig)
 
     dtype: str = "auto"  # compute type: float32 | bfloat16; auto: bfloat16 where it is fast
-    attention: str = "auto"  # auto | xla | cudnn | reference | ring (what auto takes on mesh.context)
+    attention: str = (
+        "auto"  # auto | xla | cudnn | reference | ring (what auto takes on mesh.context)
+    )
     attention_block: int = 1024  # queries per block once a row is longer than this
     scan: bool = True  # lax.scan over layers; False: Python loop (faster steps, slower compile)
     scan_unroll: int = 1
