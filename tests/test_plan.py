@@ -7,6 +7,8 @@ import re
 import pytest
 from runs import flags_of, run_binary, start
 
+from llm_jax.scaling import topology
+
 SMOKE = "--config=configs/smoke.py"
 
 
@@ -88,11 +90,14 @@ def test_one_line_errors(args, words):
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-def test_libtpu_missing_is_one_line():
-    if importlib.util.find_spec("libtpu") is not None:
-        pytest.skip("libtpu is installed here")
-    done = run_binary("plan", SMOKE, "--topology=v5e:2x4")
-    assert done.returncode == 1 and "pip install 'llm_jax[plan]'" in done.stderr
+def test_libtpu_missing_is_one_line(monkeypatch):
+    """Also where it is installed: the search for it is made to find nothing."""
+    find = importlib.util.find_spec
+    hidden = lambda name, *rest: None if name == "libtpu" else find(name, *rest)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", hidden)
+    with pytest.raises(ImportError, match=r"pip install 'llm_jax\[plan\]'") as error:
+        topology.devices(topology.parse("v5e:2x4"))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow
