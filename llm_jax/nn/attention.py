@@ -1,72 +1,69 @@
 """Attention behind one dispatch, and the attention layer of a block."""
 
+import functools
 import math
 
 import jax
-import jax.numpy as jnp
+from absl import logging
 from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax import sharding
 from llm_jax.config import ModelConfig
-from llm_jax.nn import layers, positions
+from llm_jax.nn import fused, layers, positions
 from llm_jax.nn.blockwise import Mask, Shape, reference, xla
 from llm_jax.nn.dense import dense_specs, read, write
 from llm_jax.nn.ring import context_size, ring
 from llm_jax.types import Array, PyTree
 
-
-def cudnn(q: Array, k: Array, v: Array, mask: Mask, shape: Shape) -> Array:
-    """cuDNN's fused attention (NVIDIA GPUs); same arguments and result as `reference`."""
-    if reason := cudnn_refuses(q, mask, shape):
-        raise ValueError(
-            f"model.attention=cudnn is not available: {reason}; use model.attention=auto"
-        )
-    window = (shape.window - 1, 0) if shape.window else None
-    return jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        scale=shape.scale,
-        is_causal=shape.causal,
-        local_window_size=window,
-        implementation="cudnn",
-    )
-
-
-def cudnn_refuses(q: Array, mask: Mask, shape: Shape) -> str:
-    """Why cuDNN cannot do this call; empty if it can."""
-    if sharding.platform() != "gpu":
-        return f"the backend is {sharding.platform()}"
-    if context_size() > 1:
-        return f"mesh.context={context_size()} cuts rows along their length"
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"the compute type is {q.dtype}, not bfloat16"
-    if shape.softcap:
-        return "attention_softcap is set"
-    if mask.segments is not None:
-        return "rows hold several documents (data.isolate_documents)"
-    if mask.cached:
-        return "it is a cached call"
-    if q.shape[-1] % 8 or q.shape[-1] > 128:
-        return f"head_dim={q.shape[-1]} is not a multiple of 8 up to 128"
-    return ""
+FUNCTIONS = {
+    "xla": xla,
+    "reference": reference,
+    "ring": ring,
+    "cudnn": fused.cudnn,
+    "pallas": fused.pallas,
+    "splash": fused.splash,
+}
+FUSED = {"gpu": ("cudnn", "pallas"), "tpu": ("splash",), "cpu": ()}  # what auto tries, in order
+LONG = 2048  # tokens in a row past which attention that is not fused is worth a warning
 
 
 def attention(q: Array, k: Array, v: Array, mask: Mask, shape: Shape, implementation: str) -> Array:
     """Softmax attention: q [B, L, H, Dh], k and v [B, S, K, Dh] -> [B, L, H, Dh].
 
-    `implementation` is a value of `model.attention`; auto takes the ring where mesh.context cuts
-    rows, else cuDNN where it can do the call, else "xla", as for every cached call. One asked for
-    by name is used or raises ValueError.
+    `implementation` is a value of `model.attention`. auto takes the ring where mesh.context cuts
+    rows, else the platform's first fused kernel that can do the call, else "xla", as for every
+    cached call; on an accelerator it says so once if rows are long. One asked for by name is used
+    or raises ValueError.
     """
     if implementation == "auto":
-        if context_size() > 1 and not mask.cached:
-            implementation = "ring"
-        else:
-            implementation = "xla" if cudnn_refuses(q, mask, shape) else "cudnn"
-    functions = {"xla": xla, "cudnn": cudnn, "reference": reference, "ring": ring}
-    o = functions[implementation](q, k, v, mask, shape)
-    return o if implementation == "ring" else checkpoint_name(o, "attention")  # the ring names its
+        implementation = _choose(q, k, mask, shape)
+    o = FUNCTIONS[implementation](q, k, v, mask, shape)
+    # The ring and the fused kernels name theirs.
+    return checkpoint_name(o, "attention") if implementation in ("xla", "reference") else o
+
+
+def _choose(q: Array, k: Array, mask: Mask, shape: Shape) -> str:
+    if mask.cached:
+        return "xla"
+    if context_size() > 1:
+        return "ring"
+    names = FUSED.get(sharding.platform(), ())
+    reasons = {name: fused.refuses(name, q, k, mask, shape) for name in names}
+    if able := [name for name, reason in reasons.items() if not reason]:
+        return able[0]
+    if reasons and q.shape[1] > LONG:
+        _warn(q.shape[1], "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+    return "xla"
+
+
+@functools.cache  # once for all layers and traces
+def _warn(length: int, reasons: str) -> None:
+    logging.warning(
+        "model.attention=auto uses no fused kernel for rows of %d tokens, which costs time and "
+        "memory (%s)",
+        length,
+        reasons,
+    )
 
 
 # The layer -----------------------------------------------------------------------------------

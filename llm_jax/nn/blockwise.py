@@ -6,15 +6,19 @@ slot (a row is written in order); packed documents are kept apart by their segme
 window counts positions.
 """
 
+import itertools
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from llm_jax.types import Array
+from llm_jax.types import Array, PyTree
 
 MASKED = -1e30  # finite, so that a row without any key gives 0 and not NaN
+# Rows that are worked on whole go through in strips of queries, each with the keys up to its end.
+# Four leave out 3/8 of the work; more make matmuls that are too small.
+MAX_STRIPS, MIN_STRIP = 4, 64
 
 
 class Mask(NamedTuple):
@@ -89,7 +93,7 @@ def reference(
 
 
 # The "xla" path: batched matmuls with heads leading and a derivative of our own. Up to `block`
-# queries the probabilities are kept for the backward pass. Past that, pairs of a query block and a
+# queries the exponentials are kept for the backward pass. Past that, pairs of a query block and a
 # key block go through one after the other with a running softmax (Dao et al. 2022), and the
 # backward pass computes their probabilities again: no [L, S] array exists.
 
@@ -170,26 +174,68 @@ def _known_start(mask: Mask) -> Mask:
     return mask._replace(start=0) if mask.start is None else mask
 
 
-def _whole_visible(q: Array, k: Array, mask: Mask, shape: Shape) -> Array | None:
-    ok = visible(mask, shape, mask.start + jnp.arange(q.shape[3]), jnp.arange(k.shape[2]))
-    return None if ok is None else ok[:, None, None]
+class _Strip(NamedTuple):
+    """Queries [first:end] and the keys [low:high] that one of them at least can see."""
+
+    first: int
+    end: int
+    low: int
+    high: int
+
+    def part(self, q: Array, k: Array, v: Array, mask: Mask, shape: Shape) -> tuple:
+        """q, k, v and visibility (bool [B or 1, 1, 1, queries, keys] or None) of the strip."""
+        rows, keys = slice(self.first, self.end), slice(self.low, self.high)
+        sides = [None if x is None else (x[0][:, rows], x[1][:, keys]) for x in mask[:2]]
+        q_slot, k_slot = jnp.arange(self.first, self.end), jnp.arange(self.low, self.high)
+        ok = visible(Mask(*sides), shape, mask.start + q_slot, k_slot)
+        ok = None if ok is None else ok[:, None, None]
+        return q[:, :, :, rows], k[:, :, keys], v[:, :, keys], ok
 
 
-def _whole_forward(q: Array, k: Array, v: Array, mask: Mask, shape: Shape) -> tuple[Array, Array]:
-    s, ok = _scores(q, k, shape), _whole_visible(q, k, mask, shape)
-    s = s if ok is None else jnp.where(ok, s, MASKED)
-    p = jnp.exp(s - jnp.max(s, axis=-1, keepdims=True))
-    if mask.segments is not None:
-        p = jnp.where(ok, p, 0.0)  # padding sees nobody
-    p = (p / jnp.maximum(jnp.sum(p, axis=-1, keepdims=True), 1e-30)).astype(v.dtype)
-    return _weighted(p, v), p
+def _strips(q: Array, k: Array, mask: Mask, shape: Shape) -> list[_Strip]:
+    """Up to MAX_STRIPS strips of MIN_STRIP queries or more; one where nothing would be saved."""
+    L, S = q.shape[3], k.shape[2]
+    if not shape.causal or not isinstance(mask.start, int):
+        return [_Strip(0, L, 0, S)]
+    n = max(1, min(MAX_STRIPS, L // MIN_STRIP))
+    cuts = [i * L // n for i in range(n + 1)]
+    return [
+        _Strip(a, b, max(0, a - shape.window + 1) if shape.window else 0, min(b, S))
+        for a, b in itertools.pairwise(cuts)
+    ]
 
 
-def _whole_backward(q, k, v, mask, do, inner, p, shape) -> tuple[Array, Array, Array]:
-    s, ok = (
-        (_scores(q, k, shape), _whole_visible(q, k, mask, shape)) if shape.softcap else (None, None)
-    )
-    return _gradients(p, s, ok, q, k, v, do, inner, shape)
+def _whole_forward(q: Array, k: Array, v: Array, mask: Mask, shape: Shape) -> tuple[Array, PyTree]:
+    """float32 o and, per strip, what the backward pass needs: exp(s - max) in v's type and one over
+    its sum. The sum is divided out of the output, which is smaller than the probabilities."""
+    outputs, kept = [], []
+    for strip in _strips(q, k, mask, shape):
+        q_s, k_s, v_s, ok = strip.part(q, k, v, mask, shape)
+        s = _scores(q_s, k_s, shape)
+        s = s if ok is None else jnp.where(ok, s, MASKED)
+        e = jnp.exp(s - jnp.max(s, axis=-1, keepdims=True))
+        if mask.segments is not None:
+            e = jnp.where(ok, e, 0.0)  # padding sees nobody
+        scale = 1.0 / jnp.maximum(jnp.sum(e, axis=-1, keepdims=True), 1e-30)
+        e = e.astype(v.dtype)
+        outputs.append(_weighted(e, v_s) * scale)
+        kept.append((e, scale))
+    return jnp.concatenate(outputs, axis=3) if len(outputs) > 1 else outputs[0], kept
+
+
+def _whole_backward(q, k, v, mask, do, inner, kept, shape) -> tuple[Array, Array, Array]:
+    dqs, dk, dv = [], 0.0, 0.0
+    for strip, (e, scale) in zip(_strips(q, k, mask, shape), kept, strict=True):
+        q_s, k_s, v_s, ok = strip.part(q, k, v, mask, shape)
+        s = _scores(q_s, k_s, shape) if shape.softcap else None
+        rows = slice(strip.first, strip.end)
+        do_s = (do[:, :, :, rows].astype(jnp.float32) * scale).astype(do.dtype)
+        inner_s = inner[:, :, :, rows] * scale
+        dq, dk_s, dv_s = _gradients(e, s, ok, q_s, k_s, v_s, do_s, inner_s, shape)
+        dqs.append(dq)
+        around = [(0, 0), (0, 0), (strip.low, k.shape[2] - strip.high), (0, 0)]
+        dk, dv = dk + jnp.pad(dk_s, around), dv + jnp.pad(dv_s, around)
+    return jnp.concatenate(dqs, axis=3) if len(dqs) > 1 else dqs[0], dk, dv
 
 
 class _Blocks(NamedTuple):

@@ -24,6 +24,8 @@ from llm_jax.nn import weights
 from llm_jax.nn.params import Constant, Normal, ParamSpec
 from llm_jax.types import Array, PyTree
 
+MERGED_FROM = 256  # tokens
+
 
 def dense_specs(d_in: int, d_out: int, axes: tuple[str, str], std: float, bias: bool) -> PyTree:
     """A matrix [d_in, d_out] "w", and a "bias" [d_out] if asked for."""
@@ -37,7 +39,10 @@ def dense_specs(d_in: int, d_out: int, axes: tuple[str, str], std: float, bias: 
 def read(ps: Sequence[PyTree], x_BxLxD: Array, outs: Sequence[str]) -> list[Array]:
     """x @ w + bias for each p, where w has the axes ("embed", out): [B, L, D] -> [B, L, d_out]."""
     mesh = sharding.ambient_mesh()
-    if mesh is None or any(isinstance(p["w"], weights.Weight) for p in ps):
+    plain = not any(isinstance(p["w"], weights.Weight) for p in ps)
+    if mesh is None and plain and _merges(ps, x_BxLxD):
+        return _merged(ps, x_BxLxD)
+    if mesh is None or not plain:
         x_BxLxD = sharding.constrain(x_BxLxD, "batch", "length", None)
         return [
             sharding.constrain(
@@ -115,6 +120,24 @@ def _affine(p: PyTree, x_BxLxD: Array) -> Array:
     else:
         y = weights.matmul(p["w"], x_BxLxD.reshape(B * L, D)).reshape(B, L, -1)  # fast on CPU
     return y + p["bias"].astype(y.dtype)[None, None, :] if "bias" in p else y
+
+
+def _merges(ps: Sequence[PyTree], x_BxLxD: Array) -> bool:
+    """Whether one matmul for all is faster. XLA:CPU does not merge matmuls of one input by itself;
+    the copy of the matrices pays from so many tokens on."""
+    tokens = x_BxLxD.shape[0] * x_BxLxD.shape[1]
+    return len(ps) > 1 and sharding.platform() == "cpu" and tokens >= MERGED_FROM
+
+
+def _merged(ps: Sequence[PyTree], x_BxLxD: Array) -> list[Array]:
+    B, L, D = x_BxLxD.shape
+    w = jnp.concatenate([p["w"].astype(x_BxLxD.dtype) for p in ps], axis=1)
+    y, out, first = weights.matmul(w, x_BxLxD.reshape(B * L, D)), [], 0
+    for p in ps:
+        part = y[:, first : first + p["w"].shape[1]].reshape(B, L, -1)
+        out.append(part + p["bias"].astype(y.dtype)[None, None, :] if "bias" in p else part)
+        first += p["w"].shape[1]
+    return out
 
 
 def _gathered(p: PyTree, axes: tuple[str, str]) -> PyTree:

@@ -31,6 +31,7 @@ class Shape(NamedTuple):
     softcap: float
     chunk: int
     want: tuple[str, ...]
+    padded: bool  # the table has rows past the vocabulary
     tensor: str | None = None  # mesh axis the vocabulary is cut along
     rows: tuple[str, ...] = ()  # mesh axes the tokens are cut along
     width: tuple[
@@ -67,7 +68,7 @@ def token_scores(
     if unknown := set(want) - set(TERMS):
         raise ValueError(f"unknown scores {sorted(unknown)}; there are {', '.join(TERMS)}")
     mesh = sharding.ambient_mesh()
-    shape = Shape(vocab_size, softcap, chunk, want)
+    shape = Shape(vocab_size, softcap, chunk, want, table_VxD.shape[0] > vocab_size)
     if mesh is not None:
         cut = lambda *names: tuple(  # noqa: E731
             a for name in names for a in sharding.RULES[name] if mesh.shape[a] > 1
@@ -171,7 +172,24 @@ def _capped_logits(rows: Array, x: Array, ids: Array, shape: Shape) -> Array:
     z = jnp.einsum("nd,vd->nv", x, rows, preferred_element_type=jnp.float32)
     if shape.softcap:
         z = shape.softcap * jnp.tanh(z / shape.softcap)
-    return jnp.where((ids < shape.vocab_size)[None, :], z, MASKED)
+    return _where_real(ids, z, MASKED, shape)
+
+
+def _where_real(ids: Array, x: Array, other: float, shape: Shape) -> Array:
+    """x, and `other` in the columns that are padding; nothing to do where there is none."""
+    if not shape.padded:
+        return x
+    return jnp.where((ids < shape.vocab_size)[None, :], x, other)
+
+
+def _at_targets(z: Array, ids: Array, targets: Array) -> Array:
+    """The logits [N] of the targets that this chunk holds, 0 for the others."""
+    if sharding.platform() != "cpu":
+        return jnp.sum(jnp.where(ids[None, :] == targets[:, None], z, 0.0), axis=1)
+    # XLA:CPU would write the masked logits out before it sums them.
+    place = jnp.clip(targets - ids[0], 0, ids.shape[0] - 1)
+    found = jnp.take_along_axis(z, place[:, None], axis=1, mode="clip")[:, 0]
+    return jnp.where(ids[place] == targets, found, 0.0)
 
 
 class _Sums(NamedTuple):
@@ -188,24 +206,23 @@ def _forward(table_VxD: Array, x_BxLxD: Array, targets_BxL: Array, *, shape: Sha
     B, L, D = x_BxLxD.shape
     x, targets = x_BxLxD.reshape(B * L, D), targets_BxL.reshape(B * L)
     n, size = _chunks(table_VxD.shape[0], B * L, shape)
+    shape = shape._replace(padded=shape.padded or n * size > table_VxD.shape[0])
     chunks = _split(table_VxD, n, size, shape)
 
     def one(sums: _Sums, chunk: tuple[Array, Array]) -> tuple[_Sums, Array | None]:
         rows, ids = chunk
         z = _capped_logits(_gather(rows, shape), x, ids, shape)
-        real = (ids < shape.vocab_size)[None, :]
         top = jnp.maximum(sums.top, jnp.max(z, axis=1))
         fade, e = jnp.exp(sums.top - top), jnp.exp(z - top[:, None])
         weighted, plain = sums.weighted, sums.plain
         if "entropy" in shape.want:
-            weighted = weighted * fade + jnp.sum(e * jnp.where(real, z, 0.0), axis=1)
+            weighted = weighted * fade + jnp.sum(e * _where_real(ids, z, 0.0, shape), axis=1)
         if "mean_log_probs" in shape.want:
-            plain = plain + jnp.sum(jnp.where(real, z, 0.0), axis=1)
-        hit = ids[None, :] == targets[:, None]
+            plain = plain + jnp.sum(_where_real(ids, z, 0.0, shape), axis=1)
         new = _Sums(
             top,
             sums.total * fade + jnp.sum(e, axis=1),
-            sums.at_target + jnp.sum(jnp.where(hit, z, 0.0), axis=1),
+            sums.at_target + _at_targets(z, ids, targets),
             weighted,
             plain,
         )
@@ -256,11 +273,11 @@ def _backward(
     zero = jnp.zeros_like(log_z)
     g_target, g_mean = g.get("log_probs", zero), g.get("mean_log_probs", zero)
     n, size = _chunks(V, N, shape)
+    shape = shape._replace(padded=shape.padded or n * size > V)
     chunks = _split(table_VxD, n, size, shape)
 
     def one(d_x: Array, chunk: tuple[Array, Array], z: Array | None = None) -> tuple[Array, Array]:
         rows, ids = _gather(chunk[0], shape), chunk[1]
-        real = (ids < shape.vocab_size)[None, :]
         if z is None:
             z = _capped_logits(rows, x, ids, shape)
         p = jnp.exp(z - log_z)
@@ -269,9 +286,10 @@ def _backward(
         if "entropy" in g:
             dz = dz - p * jnp.where(p > 0, z - (log_z - entropy), 0.0) * g["entropy"]
         if "mean_log_probs" in g:
-            dz = dz + jnp.where(real, g_mean / shape.vocab_size, 0.0)
+            real = _where_real(ids, jnp.ones_like(z), 0.0, shape)
+            dz = dz + real * (g_mean / shape.vocab_size)
         if shape.softcap:
-            dz = dz * (1.0 - jnp.square(jnp.where(real, z, 0.0) / shape.softcap))
+            dz = dz * (1.0 - jnp.square(_where_real(ids, z, 0.0, shape) / shape.softcap))
         dz = dz.astype(x.dtype)
         d_rows = jnp.einsum("nv,nd->vd", dz, x, preferred_element_type=jnp.float32)
         d_x = d_x + jnp.einsum("nv,vd->nd", dz, rows, preferred_element_type=jnp.float32)

@@ -1,5 +1,7 @@
 """Norms, the MLP and dropout: pure functions next to their specs."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -52,7 +54,8 @@ def mlp(p: PyTree, x_BxLxD: Array, cfg: ModelConfig) -> Array:
         case "gelu":
             h = jax.nn.gelu(up, approximate=True)
         case "gelu_erf":
-            h = jax.nn.gelu(up, approximate=False)
+            # jax.nn.gelu goes through erfc, which XLA:CPU computes at half the speed of erf.
+            h = 0.5 * up * (1.0 + jax.lax.erf(up * math.sqrt(0.5)))
         case "relu2":
             h = jnp.square(jax.nn.relu(up))
         case "swiglu":
