@@ -115,6 +115,14 @@ def report(error: BaseException) -> None:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
+def _prepare_host() -> None:
+    """What has to be set before jax starts its threads."""
+    from llm_jax.train import accelerators, host_memory
+
+    if os.environ.get("JAX_PLATFORMS") == "cpu" or not accelerators.accelerators():
+        host_memory.keep()
+
+
 def run_main(main: Callable[[list[str]], Any]) -> None:
     """`absl.app.run` whose user errors are one line on stderr and exit code 1.
 
@@ -142,6 +150,7 @@ def run_main(main: Callable[[list[str]], Any]) -> None:
 
     def guarded(argv: list[str]) -> Any:
         try:
+            _prepare_host()
             return main(argv)
         except MENDABLE as e:
             one_line(e)

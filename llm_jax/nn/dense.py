@@ -132,12 +132,12 @@ def _merges(ps: Sequence[PyTree], x_BxLxD: Array) -> bool:
 def _merged(ps: Sequence[PyTree], x_BxLxD: Array) -> list[Array]:
     B, L, D = x_BxLxD.shape
     w = jnp.concatenate([p["w"].astype(x_BxLxD.dtype) for p in ps], axis=1)
-    y, out, first = weights.matmul(w, x_BxLxD.reshape(B * L, D)), [], 0
-    for p in ps:
-        part = y[:, first : first + p["w"].shape[1]].reshape(B, L, -1)
-        out.append(part + p["bias"].astype(y.dtype)[None, None, :] if "bias" in p else part)
-        first += p["w"].shape[1]
-    return out
+    y = weights.matmul(w, x_BxLxD.reshape(B * L, D))
+    parts = jax.lax.split(y, [p["w"].shape[1] for p in ps], axis=1)
+    return [
+        part.reshape(B, L, -1) + (p["bias"].astype(y.dtype)[None, None, :] if "bias" in p else 0)
+        for p, part in zip(ps, parts, strict=True)
+    ]
 
 
 def _gathered(p: PyTree, axes: tuple[str, str]) -> PyTree:

@@ -20,8 +20,9 @@ def keep() -> bool:
 
     One heap serves all threads, grows in large steps and never shrinks, so that a process holds
     what it needed at its peak. Half of the machine's memory is asked for once and freed at once,
-    untouched: only addresses, whose pages will be huge where the kernel has them. Only for
-    processes that compute on the CPU; does nothing a second time, or without glibc (musl, macOS).
+    untouched: only addresses, whose pages will be huge where the kernel has them. For processes
+    that compute on the CPU, before jax starts its threads, which otherwise have heaps of their own.
+    Does nothing a second time, or without glibc (musl, macOS).
     """
     global _done
     if _done or not sys.platform.startswith("linux"):
