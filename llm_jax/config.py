@@ -113,9 +113,9 @@ class ModelConfig(Config):
     moe: MoEConfig = field(default_factory=MoEConfig)
 
     dtype: str = "auto"  # compute type: float32 | bfloat16; auto: bfloat16 where it is fast
-    attention: str = (
-        "auto"  # auto | xla | cudnn | reference | ring (what auto takes on mesh.context)
-    )
+    # auto | xla | reference | ring (rows cut over mesh.context) | cudnn (NVIDIA GPUs) | pallas
+    # (NVIDIA GPUs, packed documents) | splash (TPUs); auto takes the fastest that can do the call
+    attention: str = "auto"
     attention_block: int = 1024  # queries per block once a row is longer than this
     scan: bool = True  # lax.scan over layers; False: Python loop (faster steps, slower compile)
     scan_unroll: int = 1
@@ -161,6 +161,7 @@ class OptimizerConfig(Config):
     # (pattern, frozen?) in order, first match wins, every parameter must be covered.
     freeze_rules: tuple = ((r".*", False),)
     ema_decay: float = 0.0  # exponential moving average of the parameters, used by evaluation
+    moment_dtype: str = "float32"  # float32 | bfloat16 (half the memory; adamw and muon)
     muon_adam_rate: float = 0.3  # learning rate of Muon's Adam part, as a share of learning_rate
     max_bad_steps: int = 10  # non-finite steps in a row before the run stops; they are skipped
 
@@ -278,12 +279,13 @@ CHOICES = {
     "model.norm_position": ("pre", "post"),
     "model.activation": ("gelu", "gelu_erf", "swiglu", "geglu", "relu2"),
     "model.dtype": ("auto", "float32", "bfloat16"),
-    "model.attention": ("auto", "xla", "cudnn", "reference", "ring"),
+    "model.attention": ("auto", "xla", "cudnn", "pallas", "splash", "reference", "ring"),
     "model.moe.scores": ("softmax", "sigmoid"),
     "model.moe.implementation": ("auto", "ragged", "blocks", "dense"),
     "model.moe.dispatch": ("gather", "all_to_all"),
     "model.remat": ("none", "full", "dots", "attention"),
     "optimizer.name": ("adamw", "adafactor", "muon"),
+    "optimizer.moment_dtype": ("float32", "bfloat16"),
     "optimizer.schedule": ("cosine", "linear", "wsd", "constant"),
     "data.packing": ("split", "random", "first_fit", "pad"),
 }
@@ -363,6 +365,11 @@ def validate(config: Config) -> None:
         raise ValueError(
             f"model.moe.top_k={m.moe.top_k} has to be between 1 and model.moe.n_experts="
             f"{m.moe.n_experts}"
+        )
+    if config.optimizer.moment_dtype != "float32" and config.optimizer.name == "adafactor":
+        raise ValueError(
+            f"optimizer.moment_dtype={config.optimizer.moment_dtype} is for adamw and muon; "
+            "adafactor's moments are small already"
         )
     if not 0.0 <= m.dropout < 1.0:
         raise ValueError(f"model.dropout={m.dropout} has to be in [0, 1)")

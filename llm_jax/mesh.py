@@ -26,7 +26,7 @@ SPILL = 0.25  # share of the communication beside the computation that costs tim
 # Tokens a row from which context is taken, and before tensor. Shorter ones are left whole if they
 # can be: attention round a ring has no fused kernel.
 LONG = 32_768
-# Bytes of optimizer state a parameter; muon's is for matrices, nearly all of a model.
+# Bytes of float32 optimizer state a parameter; muon's is for matrices, nearly all of a model.
 MOMENTS = {"adamw": 8, "muon": 4, "adafactor": 0}
 
 Shape = dict[str, int]  # size of each of MESH_AXES
@@ -156,7 +156,8 @@ def bytes_a_parameter(cfg: TrainConfig) -> int:
     optimizer's moments, the moving average, and the copy in the compute type."""
     copy = jnp.dtype(cfg.model.dtype).itemsize % 4
     adding, average = 4 * (cfg.accumulation > 1), 4 * (cfg.optimizer.ema_decay > 0)
-    return 8 + MOMENTS[cfg.optimizer.name] + copy + adding + average
+    moments = MOMENTS[cfg.optimizer.name] * jnp.dtype(cfg.optimizer.moment_dtype).itemsize // 4
+    return 8 + moments + copy + adding + average
 
 
 def choose(cfg: TrainConfig, n_params: int, machine: Machine) -> tuple[MeshConfig, list[str]]:

@@ -31,7 +31,9 @@ def keep() -> bool:
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
     options = {_M_ARENA_MAX: 1, _M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_TOP_PAD: 64 << 20}
-    _done = all([libc.mallopt(option, value) for option, value in options.items()])
+    for option, value in options.items():
+        libc.mallopt(option, value)
+    _done = True
     libc.malloc.restype = ctypes.c_void_p
     libc.malloc.argtypes = [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]

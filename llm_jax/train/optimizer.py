@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from llm_jax import sharding
 from llm_jax.config import OptimizerConfig
 from llm_jax.nn.params import ParamSpec, abstract, flatten, map_specs, select, unflatten
+from llm_jax.train.moments import stored_as
 from llm_jax.types import PyTree
 
 # Biases that balance a router's experts without a loss: not AdamW's, whatever optimizer is chosen.
@@ -80,6 +81,8 @@ def make_optimizer(
     expert's load above the mean (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
     """
     optimizer = _make_optimizer(cfg, steps, specs)
+    if cfg.moment_dtype != "float32":
+        optimizer = stored_as(optimizer, jnp.dtype(cfg.moment_dtype))
     labels = {p: "balance" if BALANCE_BIAS.search(p) else "learn" for p in flatten(specs)}
     if "balance" not in labels.values():
         return optimizer
