@@ -26,6 +26,9 @@ _EVAL_INPUT = flags.DEFINE_list(
 )
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "prepare the data, print what would run, and stop")
 _JOB = cli.define_distributed()
+_PROFILE = flags.DEFINE_integer(
+    "profile", 0, "profile so many steps after the first ten: WORKDIR/profile, and a table"
+)
 _DEBUG = flags.DEFINE_bool("debug", False, "no jit, no scan, stop at the first NaN")
 
 
@@ -38,6 +41,10 @@ def main(argv: list[str]) -> None:
         cfg.data.inputs, cfg.data.sources = tuple(_INPUT.value), ()
     if _EVAL_INPUT.value:
         cfg.data.eval_inputs = tuple(_EVAL_INPUT.value)
+
+    if _PROFILE.value:
+        cfg.log.profile_start = cfg.log.profile_start or 10
+        cfg.log.profile_steps = _PROFILE.value
 
     with _JOB():
         from llm_jax.scaling.plan import report_rows

@@ -39,6 +39,7 @@ from llm_jax.train.metrics import (
     peak_flops,
     train_flops_per_token,
 )
+from llm_jax.train.profile import Window
 from llm_jax.train.program import Program, abstract_state, build, put
 from llm_jax.train.step import readable
 from llm_jax.train.watchdog import Watchdog
@@ -268,13 +269,20 @@ class _Run:
         saved = start if start else None
         evaluated: dict[str, float] = {}
         batches = self.loader.iterate(start)
+        log = cfg.log
+        profile = Window(
+            self.workdir / "profile", log.profile_start, log.profile_steps if self.main else 0
+        )
         self.speed.pause()
         try:
             for step in range(start + 1, cfg.steps + 1):
                 watch.mark("step", step)
-                self._profile(step)
+                profile.before(step)
                 batch = put(next(batches), program.mesh, cfg.accumulation)
                 state, metrics = program.step(state, batch)
+                hlo = partial(_hlo, program, state, batch)
+                if text := profile.after(step, metrics, hlo):
+                    self.progress.say(text)
                 if pending is not None:
                     # Of the step before this one: the device never waits for the host.
                     self._record(*pending)
@@ -319,6 +327,7 @@ class _Run:
             raise
         finally:
             stop.restore()
+            profile.close()
             self.progress.close()
             self.log.close()
         checkpoints.close()
@@ -446,16 +455,6 @@ class _Run:
             for sample in self.samples[-len(outs) :]:
                 f.write(json.dumps(sample) + "\n")
 
-    def _profile(self, step: int) -> None:
-        log = self.cfg.log
-        if not log.profile_steps or not self.main:
-            return
-        if step == log.profile_start + 1:
-            jax.profiler.start_trace(str(self.workdir / "profile"))
-        if step == log.profile_start + log.profile_steps + 1:
-            jax.profiler.stop_trace()
-            self._say(f"profile of {log.profile_steps} steps in {self.workdir / 'profile'}")
-
     def _finish(self, state: TrainState, evaluated: dict, begin: float) -> dict[str, Any]:
         result = summary.write(
             self.workdir,
@@ -473,3 +472,8 @@ class _Run:
     def _say(self, text: str) -> None:
         if self.main:
             print(text, flush=True)
+
+
+def _hlo(program: Program, state: TrainState, batch: Any) -> str:
+    """The compiled step as text: it is found in the compilation cache, or compiled again."""
+    return program.step.lower(state, batch).compile().as_text()
