@@ -4,6 +4,7 @@ The only place where a train step is jitted, sharded and donated.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -109,7 +110,7 @@ def build(cfg: TrainConfig, mesh: Mesh, loss_fn: LossFn | None = None) -> Progra
         init=jax.jit(init, out_shardings=shardings),
         start=jax.jit(start, out_shardings=shardings),
         step=jax.jit(
-            make_train_step(loss_fn, optimizer, cfg),
+            make_train_step(loss_fn, optimizer, cfg, partial(model.cast, dtype=cfg.model.dtype)),
             in_shardings=(shardings, None),
             out_shardings=(shardings, replicated),
             donate_argnums=0,

@@ -1,7 +1,7 @@
 """The one training step, for every model and objective."""
 
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,10 @@ def row_keys(key: Array, step: Array, k: int, rows: int) -> Array:
 
 
 def make_train_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, cfg: TrainConfig
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    cfg: TrainConfig,
+    cast: Callable[[PyTree], PyTree] = lambda params: params,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """A pure (state, batch) -> (state, metrics); batch leaves come as [k, B/k, ...].
 
@@ -41,7 +44,8 @@ def make_train_step(
     the counters. Metrics are float32 scalars, what the model reports in `Scores.stats`, and
     "grad_squares" [n leaves], whose entries are those of `flatten(params)` in order: they say where
     a non-finite gradient came from. Biases that balance experts are not part of the gradient norm:
-    only the sign of theirs is used.
+    only the sign of theirs is used. `cast` makes the compute copy of the masters: micro-batches
+    share one.
     """
     opt = cfg.optimizer
     schedule = make_schedule(opt, cfg.steps)
@@ -50,8 +54,8 @@ def make_train_step(
         k, rows = batch.tokens.shape[:2]
         keys = row_keys(state.key, state.step, k, rows) if cfg.model.dropout else None
 
-        def run(params, part, carry, keys):
-            return loss_fn(merge(params, state.frozen), part, carry, keys)
+        def run(params, part, carry, keys, frozen=state.frozen):
+            return loss_fn(merge(params, frozen), part, carry, keys)
 
         if k == 1:
 
@@ -62,7 +66,7 @@ def make_train_step(
 
             grads, (loss, carry) = jax.grad(objective, has_aux=True)(state.params)
         else:
-            grads, loss, carry = _accumulate(run, state, batch, keys, k)
+            grads, loss, carry = _accumulate(run, cast, state, batch, keys, k)
 
         flat = flatten(grads)
         squares = jnp.stack([jnp.sum(jnp.square(g.astype(jnp.float32))) for g in flat.values()])
@@ -117,13 +121,15 @@ def readable(metrics: dict[str, np.ndarray]) -> dict[str, float]:
     return out
 
 
-def _accumulate(run, state: TrainState, batch: Batch, keys: Array | None, k: int):
+def _accumulate(run, cast, state: TrainState, batch: Batch, keys: Array | None, k: int):
     """(gradient, Loss, carry) of k micro-batches that count as one batch."""
+    run = partial(run, frozen=None if state.frozen is None else cast(state.frozen))
+    params = cast(state.params)
     carry = micro_batches(state.carry, k)
     # Weights depend on the batch alone: XLA drops the model from this pass.
     weights = jax.lax.map(
         lambda part: {
-            n: t.weight for n, t in run(state.params, part[0], part[1], part[2])[0].terms.items()
+            n: t.weight for n, t in run(params, part[0], part[1], part[2])[0].terms.items()
         },
         (batch, carry, keys),
     )
@@ -135,8 +141,8 @@ def _accumulate(run, state: TrainState, batch: Batch, keys: Array | None, k: int
         return sum(loss.scales.get(n, 1.0) * share for n, share in shares.items()), (loss, carry)
 
     def body(total, part):
-        grads, (loss, carry) = jax.grad(objective, has_aux=True)(state.params, *part)
-        return jax.tree.map(jnp.add, total, grads), (loss, carry)
+        grads, (loss, carry) = jax.grad(objective, has_aux=True)(params, *part)
+        return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), (loss, carry)
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     grads, (losses, carry) = jax.lax.scan(body, zeros, (batch, carry, keys))

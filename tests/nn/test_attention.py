@@ -22,7 +22,9 @@ POSITIONS = jnp.array([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 0, 0], [*range(9), 0, 0, 0
 PACKED = A.Mask((SEGMENTS, SEGMENTS), (POSITIONS, POSITIONS))
 
 
-@pytest.mark.parametrize("block", [64, 5], ids=["whole", "blocks"])
+@pytest.mark.parametrize(
+    ("block", "strip"), [(64, 64), (64, 5), (64, 3), (5, 64)], ids=["whole", "2", "4", "blocks"]
+)
 @pytest.mark.parametrize(
     ("H", "K", "packed", "shape"),
     [
@@ -35,7 +37,8 @@ PACKED = A.Mask((SEGMENTS, SEGMENTS), (POSITIONS, POSITIONS))
         (4, 2, True, {"causal": False, "window": 2}),
     ],
 )
-def test_xla_equals_reference_in_value_and_gradient(H, K, packed, shape, block):
+def test_xla_equals_reference_in_value_and_gradient(H, K, packed, shape, block, strip, monkeypatch):
+    monkeypatch.setattr(blockwise, "MIN_STRIP", strip)  # 12 queries: 1, 2 or 4 strips
     q, k, v, weight = inputs(H=H, K=K)
     mask = PACKED if packed else A.Mask()
     shape = A.Shape(**{"scale": 0.3, "block": block, **shape})
@@ -54,6 +57,21 @@ def test_xla_equals_reference_in_value_and_gradient(H, K, packed, shape, block):
     np.testing.assert_allclose(
         A.xla(q, k, v, mask, shape), A.reference(q, k, v, mask, shape), atol=2e-6
     )
+
+
+def test_strips_leave_out_what_nobody_sees(monkeypatch):
+    monkeypatch.setattr(blockwise, "MIN_STRIP", 3)
+    q, k = jnp.zeros((1, 1, 1, 12, 4)), jnp.zeros((1, 1, 12, 4))
+
+    def cut(mask=None, **shape):
+        strips = blockwise._strips(q, k, mask or A.Mask(), A.Shape(**shape))
+        return [tuple(s) for s in strips]
+
+    assert cut() == [(0, 3, 0, 3), (3, 6, 0, 6), (6, 9, 0, 9), (9, 12, 0, 12)]
+    # Query 6 sees keys 5 and 6 in a window of 2; from key 4 on would be too many, from 6 too few.
+    assert cut(window=2) == [(0, 3, 0, 3), (3, 6, 2, 6), (6, 9, 5, 9), (9, 12, 8, 12)]
+    assert cut(causal=False) == [(0, 12, 0, 12)]
+    assert cut(A.Mask(start=jnp.int32(0))) == [(0, 12, 0, 12)]  # queries of any slot
 
 
 def matrix(mask, queries=4, keys=4, **shape):

@@ -78,6 +78,30 @@ def test_accumulation_with_unequal_counts_is_one_big_batch(k):
         np.testing.assert_allclose(a, b, atol=3e-5)  # a mean of means is off by 1e-2 here
 
 
+def test_micro_batches_share_one_cast_of_the_masters(one_device):
+    """Cast inside the loop, every micro-batch would read the float32 masters again."""
+    cfg = tiny_train(**{"accumulation": 4, "batch_size": 16, "model.dtype": "bfloat16"})
+    with jax.set_mesh(one_device):
+        program = build(cfg, one_device)
+        matrices = {s.shape for s in flatten(program.specs).values() if len(s.shape) > 2}
+        step = program.step.trace(abstract_state(program), abstract_batch(cfg, one_device)).jaxpr
+
+    def casts(jaxpr, inside=False):
+        found = []
+        for eqn in jaxpr.eqns:
+            shape = getattr(eqn.invars[0].aval, "shape", None) if eqn.invars else None
+            if eqn.primitive.name == "convert_element_type" and shape in matrices:
+                if eqn.params["new_dtype"] == jnp.bfloat16:
+                    found.append(inside)
+            for sub in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda v: v is None):
+                if hasattr(sub := getattr(sub, "jaxpr", sub), "eqns"):
+                    found += casts(sub, inside or eqn.primitive.name == "scan")
+        return found
+
+    found = casts(step.jaxpr)
+    assert found and not any(found)
+
+
 def test_weights_of_micro_batches_cost_no_second_forward_pass(one_device):
     def matmuls(k):
         with jax.set_mesh(one_device):

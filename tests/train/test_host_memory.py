@@ -1,0 +1,41 @@
+"""Memory that is kept: a real process, and the pages that the kernel had to give it again."""
+
+import subprocess
+import sys
+
+import pytest
+from runs import ROOT, environment
+
+PROGRAM = """
+import resource, sys
+if "keep" in sys.argv:
+    from llm_jax.train import host_memory
+    assert host_memory.keep() and host_memory.keep()
+import jax, jax.numpy as jnp
+
+@jax.jit
+def step(x):  # temporaries of 64 MB
+    return jnp.sort(jnp.sin(x)[None] * jnp.arange(16.0)[:, None], axis=0).sum(0)
+
+x = jnp.ones(1_000_000)
+for _ in range(3):
+    x = step(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    x = step(x).block_until_ready()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 5)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
+def test_temporaries_are_not_faulted_in_again():
+    def faults(*args):
+        command = [sys.executable, "-c", PROGRAM, *args]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
+        )
+        return int(done.stdout)
+
+    # 64 MB are 16,384 pages of 4 KiB, or 32 huge ones.
+    assert faults("keep") < 50
+    assert faults() > 1000
