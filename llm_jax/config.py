@@ -245,6 +245,7 @@ class LogConfig(Config):
     profile_start: int = 0  # first step of the profiler window
     profile_steps: int = 0  # its length; 0: no profile
     compilation_cache: str = "~/.cache/llm_jax/xla"  # persistent; empty: none
+    xla_flags: str = "auto"  # auto: those of llm_jax/train/xla_flags.py; empty: none
     # Without progress for so long, the stacks of all threads are printed and the job ends (exit
     # code 70), so that it is started again; compiling has half an hour more. 0: never.
     watchdog_minutes: float = 30.0
@@ -287,6 +288,7 @@ CHOICES = {
     "optimizer.name": ("adamw", "adafactor", "muon"),
     "optimizer.moment_dtype": ("float32", "bfloat16"),
     "optimizer.schedule": ("cosine", "linear", "wsd", "constant"),
+    "log.xla_flags": ("auto", ""),
     "data.packing": ("split", "random", "first_fit", "pad"),
 }
 GATED = ("swiglu", "geglu")

@@ -7,6 +7,8 @@ model.remat=attention keeps them: named alone, an output would be kept and the k
 """
 
 import importlib
+import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
@@ -28,6 +30,7 @@ MODULES = {
 }
 LANES = 128  # both Pallas kernels work on blocks of so many queries and keys, Splash of up to 512
 NAME = "attention"
+Segments = tuple[Array, Array] | None  # of queries [B, L] and of keys [B, L]
 
 
 def refuses(name: str, q: Array, k: Array, mask: Mask, shape: Shape) -> str:
@@ -64,6 +67,8 @@ def _pallas_refuses(q: Array, k: Array, mask: Mask, shape: Shape) -> str:
         return "attention_softcap is set"
     if shape.window:
         return f"model.window={shape.window} is set"
+    if mask.segments is not None and not shape.causal:
+        return "queries and keys may be of different rows, which causal ones are not"
     if q.shape[-1] % 16 or q.shape[-1] > 128:
         return f"head_dim={q.shape[-1]} is not a multiple of 16 up to 128"
     return _blocks_refuse("pallas", q, k)
@@ -91,7 +96,9 @@ def _blocks_refuse(name: str, q: Array, k: Array) -> str:
 
 
 def _module(name: str) -> ModuleType:
-    return importlib.import_module(MODULES[name])
+    with warnings.catch_warnings():  # that the GPU's kernel will leave JAX; `refuses` says so then
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return importlib.import_module(MODULES[name])
 
 
 def _compute_capability() -> tuple[int, ...] | None:
@@ -154,13 +161,14 @@ def run_pallas(
     G = q.shape[2] // k.shape[2]
     sizes = module.BlockSizes.get_default()
 
-    def kernel(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
+    def kernel(q: Array, k: Array, v: Array, segments: Segments) -> Array:
+        ids = None if segments is None else segments[0]
         options = {"sm_scale": shape.scale, "causal": shape.causal, "block_sizes": sizes}
-        return module.mha(q, k, v, segments, **options, interpret=interpret)
+        return module.mha(q, k, v, ids, **options, interpret=interpret)
 
-    def local(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
+    def local(q: Array, k: Array, v: Array, segments: Segments) -> Array:
         k, v = (jnp.repeat(x, G, axis=2) for x in (k, v))  # the kernel has no grouped heads
-        return _without_padding(_named(kernel, q, k, v, segments), segments)
+        return _without_blind(_named(kernel, q, k, v, segments), segments, shape)
 
     return _over_rows_and_heads(local, q, k, v, mask)
 
@@ -181,7 +189,7 @@ def run_splash(
     else:
         visible = (module.CausalMask if shape.causal else module.FullMask)((L, L))
 
-    def kernel(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
+    def kernel(q: Array, k: Array, v: Array, segments: Segments) -> Array:
         one_row = module.make_splash_mha(
             module.MultiHeadMask([visible] * q.shape[1]),
             block_sizes=sizes,
@@ -190,40 +198,46 @@ def run_splash(
             q_seq_shards=1,
             interpret=interpret,
         )
-        ids = None if segments is None else module.SegmentIds(segments, segments)
+        ids = None if segments is None else module.SegmentIds(*segments)
         return jax.vmap(one_row)(q, k, v, ids)
 
-    def local(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
+    def local(q: Array, k: Array, v: Array, segments: Segments) -> Array:
         q = q * jnp.asarray(shape.scale, q.dtype)  # the kernel does not scale
         o = _named(kernel, *(x.transpose(0, 2, 1, 3) for x in (q, k, v)), segments)
-        return _without_padding(o.transpose(0, 2, 1, 3), segments)
+        return _without_blind(o.transpose(0, 2, 1, 3), segments, shape)
 
     return _over_rows_and_heads(local, q, k, v, mask)
 
 
-def _without_padding(o_BxLxHxDh: Array, segments_BxL: Array | None) -> Array:
-    """0 at padding, which the kernels let see itself; then no gradient passes through it either."""
-    if segments_BxL is None:
+def _without_blind(o_BxLxHxDh: Array, segments: Segments, shape: Shape) -> Array:
+    """0 for queries that see no key, where the kernels give an average; no gradient from there.
+
+    Those are padding, which the kernels let see itself, and where keys are of other rows the
+    documents without any. In a causal row a token sees itself.
+    """
+    if segments is None:
         return o_BxLxHxDh
-    return jnp.where((segments_BxL > 0)[:, :, None, None], o_BxLxHxDh, 0)
+    q_segments, k_segments = segments
+    sees = q_segments > 0
+    if not shape.causal:
+        sees &= jnp.any(q_segments[:, :, None] == k_segments[:, None, :], axis=-1)
+    return jnp.where(sees[:, :, None, None], o_BxLxHxDh, 0)
 
 
 def _over_rows_and_heads(local: Callable, q: Array, k: Array, v: Array, mask: Mask) -> Array:
     """`local(q, k, v, segments)` for the rows and heads of each device: XLA cannot cut a kernel."""
-    segments = None if mask.segments is None else jnp.asarray(mask.segments[0])
+    segments = None if mask.segments is None else tuple(jnp.asarray(x) for x in mask.segments)
     mesh = sharding.ambient_mesh()
     if mesh is None:
         return local(q, k, v, segments)
-    rows = 1
-    for axis in sharding.RULES["batch"]:
-        rows *= mesh.shape[axis]
+    rows = math.prod(mesh.shape[a] for a in sharding.RULES["batch"])
 
     def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
         if q.shape[0] % rows:  # too few rows to cut: every device does all of them
             axes = (None, *axes[1:])
         return sharding.partition_spec(axes, mesh)
 
-    documents = None if segments is None else spec(TOKENS)
+    documents = None if segments is None else (spec(TOKENS), spec(TOKENS))
     specs = (spec(QUERIES), spec(KEYS), spec(KEYS), documents)
     return sharding.over_mesh(local, specs, spec(QUERIES))(q, k, v, segments)
 
@@ -232,19 +246,19 @@ def _over_rows_and_heads(local: Callable, q: Array, k: Array, v: Array, mask: Ma
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _named(kernel: Callable, q: Array, k: Array, v: Array, segments: Array | None) -> Array:
+def _named(kernel: Callable, q: Array, k: Array, v: Array, segments: Segments) -> Array:
     """kernel(q, k, v, segments); what its backward pass keeps besides q, k and v is named."""
     return kernel(q, k, v, segments)
 
 
-def _named_forward(kernel: Callable, q: Array, k: Array, v: Array, segments: Array | None):
+def _named_forward(kernel: Callable, q: Array, k: Array, v: Array, segments: Segments) -> tuple:
     o, back = jax.vjp(lambda q, k, v: kernel(q, k, v, segments), q, k, v)
     named = checkpoint_name(o, NAME)
 
     def name(x: PyTree) -> PyTree:
         if x is o:
             return named
-        return x if any(x is y for y in (q, k, v, segments)) else checkpoint_name(x, NAME)
+        return x if any(x is y for y in (q, k, v, *(segments or ()))) else checkpoint_name(x, NAME)
 
     return named, jax.tree.map(name, back)
 

@@ -27,6 +27,7 @@ PACKAGES = (
     "numpy",
     "sentencepiece",
 )
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_OPTIMIZATION_LEVEL")  # of the compiler
 
 
 def check_accelerator() -> None:
@@ -64,6 +65,7 @@ def describe() -> dict[str, Any]:
         "devices": jax.device_count(),
         "device_kind": device.device_kind,
         "processes": jax.process_count(),
+        "flags": {name: os.environ[name] for name in FLAGS if os.environ.get(name)},
         "revision": _revision(),
     }
 
