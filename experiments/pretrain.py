@@ -46,10 +46,9 @@ def main(argv: list[str]) -> None:
         cfg.log.profile_start = cfg.log.profile_start or 10
         cfg.log.profile_steps = _PROFILE.value
 
-    if cfg.log.xla_flags:
-        from llm_jax.train import xla_flags
+    from llm_jax.train import xla_flags
 
-        xla_flags.apply()
+    xla_flags.configure(cfg.log)
     with _JOB():
         from llm_jax.scaling.plan import report_rows
         from llm_jax.train import distributed

@@ -6,6 +6,8 @@ remembered on disk for that version of jaxlib. A flag that the user has set is l
 
     from llm_jax.train import xla_flags
     xla_flags.apply()  # before JAX uses a device
+
+`experiments.pretrain` does so as log.xla_flags says.
 """
 
 import importlib.metadata
@@ -17,6 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from llm_jax.config import LogConfig
 from llm_jax.train.accelerators import accelerators
 
 CACHE = "~/.cache/llm_jax/xla_flags.json"  # beside the compilation cache
@@ -84,6 +87,11 @@ def choose(platform: str, cache: str | os.PathLike = CACHE) -> list[str]:
     if dropped := [flag for flag in wanted if flag not in known]:
         print(f"compiler flags that this version does not know are left out: {' '.join(dropped)}")
     return known
+
+
+def configure(cfg: LogConfig) -> list[str]:
+    """`apply` for the platform to come, unless the config says not to."""
+    return apply() if cfg.xla_flags == "auto" else []
 
 
 def apply(platform: str | None = None, cache: str | os.PathLike = CACHE) -> list[str]:
