@@ -10,14 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax import config as configs
 from llm_jax import models, sharding
 from llm_jax.config import ModelConfig
-from llm_jax.decode import stopping
+from llm_jax.decode import stopping, weights
 from llm_jax.decode.sampling import Sampling, choose, make_sampling
+from llm_jax.nn.cached import queue
 from llm_jax.types import Array, Batch, PyTree
 
 # Prompt and output lengths are rounded up to these steps, so that few shapes are compiled.
 PROMPT_STEP, OUTPUT_STEP = 32, 32
+# Deeper models keep the scan over layers: a loop takes compile time in proportion to its length,
+# about half a second a layer on a CPU, and a second copy of the weights.
+LOOPED_LAYERS = 32
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,18 @@ class Output(NamedTuple):
     log_probs: Array  # float32 [B, n]
     lengths: Array  # int32 [B], the end token or the token that completed a stop string included
     stopped: Array  # bool [B]
+
+
+def in_a_loop(cfg: ModelConfig) -> ModelConfig:
+    """The same model with its layers in a Python loop.
+
+    A scan over layers cuts each layer's weights and cache out of their stacks once a token, which
+    moves them three times instead of once. In a loop `weights.cut` and `cached.queue` make the cuts
+    once, before the first token.
+    """
+    looped = configs.thaw(cfg)
+    looped.scan, looped.remat = False, "none"
+    return configs.freeze(looped)
 
 
 @partial(jax.jit, static_argnames=("cfg", "n_slots"))
@@ -59,7 +76,8 @@ def generate_tokens(
     tokens that end a row; `stop_table` [states, V] is that of `stopping.token_automaton`, whose
     last state accepts. Row r draws its n-th token with `fold_in(keys_B[r], n)`.
     """
-    model = models.family(cfg.family)
+    looped = cfg.n_layers <= LOOPED_LAYERS and sharding.ambient_mesh() is None
+    model, cfg = models.family(cfg.family), in_a_loop(cfg) if looped else cfg
     B, P = prompt_BxP.shape
     position = jnp.arange(P)[None] - (P - lengths_B)[:, None]
     batch = Batch(
@@ -68,9 +86,14 @@ def generate_tokens(
         positions=jnp.maximum(position, 0),
     )
     cache = model.init_cache(params, batch, cfg, P + n_slots)
+    params = model.cast(params, cfg.dtype)
+    held = weights.cut(params, model.specs(cfg)) if looped else None
+    if looped:
+        cache = cache.replace(layers=queue(cache.layers, cfg.n_layers))
 
     def advance(batch: Batch, cache):
-        out = model.hidden(params, batch, cfg, cache=cache)
+        whole = weights.joined(held) if looped else params
+        out = model.hidden(whole, batch, cfg, cache=cache)
         return model.logits(params, out.x[:, -1:], cfg)[:, 0], out.cache
 
     def pick(n, logits, seen, state, done):

@@ -3,13 +3,12 @@
 import functools
 import math
 
-import jax
 from absl import logging
 from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax import sharding
 from llm_jax.config import ModelConfig
-from llm_jax.nn import fused, layers, positions
+from llm_jax.nn import cached, fused, layers, positions
 from llm_jax.nn.blockwise import Mask, Shape, reference, xla
 from llm_jax.nn.dense import dense_specs, read, write
 from llm_jax.nn.ring import context_size, ring
@@ -90,7 +89,8 @@ def layer(
     """Self-attention of layer `i`: (x [B, L, D], cache layers) -> the same.
 
     `side` holds the rotary table, and segments and positions of queries and keys; `cache` the
-    stacked keys and values [M, B, K, S, Dh], written at slot side["start"].
+    keys and values, stacked [M, B, K, S, Dh] or a queue of layers (nn/cached), written at slot
+    side["start"].
     """
     B, L, _ = x_BxLxD.shape
     H, K, Dh = cfg.n_heads, cfg.kv_heads, cfg.head_dim
@@ -103,23 +103,18 @@ def layer(
     shape = Shape(True, cfg.window, cfg.attention_softcap, 1 / math.sqrt(Dh), cfg.attention_block)
     if cache is None:
         mask = Mask(side.get("segments"), side.get("positions"))
-    else:
-        k, v, cache = _through_cache(k, v, cache, side["start"], i)
+        o = attention(q, k, v, mask, shape, cfg.attention)
+    else:  # no kernel does these calls: a run that names one for training can still draw samples
+        k, v, cache = cached.append(k, v, cache, side["start"], i)
         mask = Mask(side["segments"], side["positions"], side["start"])
-    o = attention(q, k, v, mask, shape, cfg.attention)
+        if cfg.attention != "reference" and L <= cfg.attention_block:
+            o = cached.attend(q, k, v, mask, shape)
+        else:
+            k, v = (x.reshape(B, K, -1, Dh).transpose(0, 2, 1, 3) for x in (k, v))
+            o = attention(
+                q, k, v, mask, shape, "reference" if cfg.attention == "reference" else "xla"
+            )
     return write(p["o"], o.reshape(B, L, H * Dh), "heads"), cache
-
-
-def _through_cache(k: Array, v: Array, cache: PyTree, start: Array, i: Array) -> tuple:
-    """Writes new keys and values [B, L, K, Dh] of layer i; returns the layer's whole [B, S, K, Dh]."""
-    out, whole = {}, []
-    for name, new in (("k", k), ("v", v)):
-        stored = cache[name]
-        new = new.transpose(0, 2, 1, 3)[None].astype(stored.dtype)
-        stored = jax.lax.dynamic_update_slice(stored, new, (i, 0, 0, start, 0))
-        out[name] = stored
-        whole.append(jax.lax.dynamic_index_in_dim(stored, i, keepdims=False).transpose(0, 2, 1, 3))
-    return whole[0].astype(k.dtype), whole[1].astype(v.dtype), out
 
 
 def cache_specs(cfg: ModelConfig, rows: int, length: int) -> PyTree:
