@@ -36,7 +36,7 @@ TOY = flags.DEFINE_bool("toy", False, "A tiny model and few tokens: seconds inst
 OUTPUT = flags.DEFINE_string("output", None, "JSON file to write; none: only print.")
 WORKER = flags.DEFINE_string("worker", None, "What a process of our side is started with.")
 
-SHAPE = {"n_layers": 6, "n_heads": 6, "d_model": 384, "vocab_size": 4096, "vocab_multiple": 1}
+SHAPE = {"n_layers": 6, "n_heads": 6, "d_model": 384, "vocab_size": 65, "vocab_multiple": 1}
 TOY_SHAPE = {"n_layers": 2, "n_heads": 2, "d_model": 32, "vocab_size": 61, "vocab_multiple": 1}
 NAMES = {"ours": "llm_jax", "peer": "transformers"}
 

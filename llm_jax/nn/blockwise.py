@@ -252,12 +252,13 @@ class _Blocks(NamedTuple):
     def part(self, i: Array, j: Array, shape: Shape) -> tuple[Array, Array, Array, Array]:
         """q, k, v and visibility [B or 1, 1, 1, size, size] of a pair."""
         at = lambda x, n, axis: jax.lax.dynamic_slice_in_dim(x, n * self.size, self.size, axis)  # noqa: E731
-        sides = [None if x is None else (at(x[0], i, 1), at(x[1], j, 1)) for x in self.mask[:2]]
         # Always 0, but only known with q: else JAX would see that masks are not differentiated, make
         # those of all pairs ahead of the loops and keep them, [pairs, B, H, size, size].
         zero = jnp.sum(self.q[:0]).astype(jnp.int32)
+        i, j = i + zero, j + zero
+        sides = [None if x is None else (at(x[0], i, 1), at(x[1], j, 1)) for x in self.mask[:2]]
         q_slot = self.mask.start + i * self.size + jnp.arange(self.size)
-        k_slot = zero + j * self.size + jnp.arange(self.size)
+        k_slot = j * self.size + jnp.arange(self.size)
         ok = (k_slot < self.n_keys)[None, None, :]
         if (more := visible(Mask(*sides), shape, q_slot, k_slot)) is not None:
             ok = ok & more

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import data as benchmark
+from benchmarks import data_worker as benchmark
 from llm_jax import tokenizers
 from llm_jax.config import DataConfig, SourceConfig, TokenizerConfig
 from llm_jax.data import documents, shards

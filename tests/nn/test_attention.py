@@ -148,3 +148,22 @@ def test_left_out_with_and_without_a_gradient():
 
     f = lambda q: jnp.sum(A.xla(q, q, q, A.Mask(), A.Shape(block=16)))  # noqa: E731
     assert pairs(f) == pairs(jax.grad(f)) == pairs(jax.grad(jax.checkpoint(f))) == 10  # not 16
+
+
+def test_masks_of_blocks_are_not_kept_for_the_backward_pass():
+    """Made ahead of the loop for all pairs of blocks, they would grow with the square of the length:
+    of 128 tokens in blocks of 16 that would be 36 masks of [2, 1, 1, 16, 16]."""
+    ids = jnp.repeat(jnp.arange(1, 5), 32)[None].repeat(2, 0)
+    q, k, v, _ = inputs(L=128)
+    mask = A.Mask((ids, ids), (ids, ids))
+
+    @jax.checkpoint
+    def layer(x, _):
+        return A.xla(x, k, v, mask, A.Shape(scale=0.3, block=16, window=40)), None
+
+    def value(q):
+        return jnp.sum(jax.lax.scan(layer, q, None, length=2)[0])
+
+    text = jax.jit(jax.grad(value)).lower(q).as_text()
+    assert re.search(r"16x16xi1", text)  # masks there are, one pair's at a time
+    assert not re.search(r"tensor<\d+x2x(1x1x)?16x16xi1>", text)
