@@ -249,7 +249,7 @@ def main(_) -> None:
             print(name, flush=True)
             result["comparison"][name] = compare(shape, rounds, seconds)
         if ONLY.value != "ours" and not TOY.value:
-            result["ladder"][name] = climb(shape, rounds, seconds)
+            result["ladder"][name] = climb(shape, max(1, rounds // 2), seconds)
         if OUTPUT.value:
             record.save(result, OUTPUT.value)
     print(table(result))
