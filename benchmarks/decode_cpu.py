@@ -3,7 +3,8 @@ r"""Generation on a CPU, ours against transformers' `generate`, with the same we
     python -m benchmarks.decode_cpu --peer_python=PYTHON_WITH_TORCH_AND_TRANSFORMERS \
         --output=benchmarks/results/decode_cpu.json
 
-A GPT-2 shape of 12 million parameters in float32, greedy. tokens/s is that of whole generations,
+A GPT-2 shape of 10.8 million parameters (nanoGPT's character model) in float32, greedy.
+tokens/s is that of whole generations,
 prefill included, as a user waits for them; the first token's time that of a generation of one token.
 Both sides run in fresh processes, ours, peer, ours, peer, ..., and warm up first: compilation is
 reported apart. The peer runs at the fastest of its settings (attention: sdpa or eager; threads: all
