@@ -27,6 +27,7 @@ import time
 
 from absl import flags
 
+from benchmarks import record
 from experiments.cli import run_main
 
 DATA = flags.DEFINE_string("data", None, "The text, tinyshakespeare.", required=True)
@@ -38,7 +39,6 @@ CORES = flags.DEFINE_list("cores", [], "CPU cores to run on; empty: all this pro
 WORKDIR = flags.DEFINE_string("workdir", "", "Where runs are kept; empty: nowhere.")
 OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.", required=True)
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 STEPS, LENGTH, BATCH_SIZE, WARMUP_STEPS = 2000, 64, 12, 100
 PEER_SEED = 1337  # the constant in the peer's train.py
 # The CPU command of the peer's README. Then: float32, and evaluate and save only at the ends.
@@ -79,7 +79,7 @@ def call(command: list[str], log: pathlib.Path) -> float:
     start = time.perf_counter()
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     with open(log, "w") as f:
-        code = subprocess.call(command, cwd=ROOT, env=environment, stdout=f, stderr=f)
+        code = subprocess.call(command, cwd=record.ROOT, env=environment, stdout=f, stderr=f)
     if code:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
         raise RuntimeError(f"exit status {code} of: {' '.join(command)}\n{tail}")
@@ -191,23 +191,6 @@ def summarise(runs: list[dict]) -> dict:
     return report
 
 
-def revision(repo: pathlib.Path) -> str | None:
-    """The git commit of a checkout, None where it is not one."""
-    if not (repo / ".git").exists():
-        return None
-    git = ["git", "-C", str(repo), "rev-parse", "HEAD"]
-    done = subprocess.run(git, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def cpu_model() -> str:
-    """The processor's name."""
-    info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def table(report: dict) -> str:
     """The summary as text."""
     rows = [f"{'':6}{'seeds':>6}{'mean eval loss':>16}{'lowest':>9}{'highest':>9}{'tokens/s':>10}"]
@@ -260,17 +243,20 @@ def main(_) -> None:
         data = prepare(text, workdir / "data")
         runs = run_all(workdir / "data", workdir, seeds)
 
-    versions = {"python": platform.python_version(), "llm_jax_revision": revision(ROOT)}
+    versions = {
+        "python": platform.python_version(),
+        "llm_jax_revision": record.revision(record.ROOT),
+    }
     versions |= {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
     for run in runs:
         peer = run.pop("versions", {})
         versions |= {f"peer_{k}" if k == "python" else k: v for k, v in peer.items()}
     if PEER_REPO.value:
-        versions["nanogpt_revision"] = revision(pathlib.Path(PEER_REPO.value))
+        versions["nanogpt_revision"] = record.revision(pathlib.Path(PEER_REPO.value))
     report = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "versions": versions,
-        "device": {"cpu": cpu_model(), "cores": len(os.sched_getaffinity(0))},
+        "device": {"cpu": record.cpu_model(), "cores": len(os.sched_getaffinity(0))},
         "config": {
             "ours": ["python", *OUR_RECIPE],
             "peer": ["python", "train.py", *PEER_RECIPE],
