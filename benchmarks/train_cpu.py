@@ -24,7 +24,11 @@ from experiments.cli import run_main
 
 PEER_PYTHON = flags.DEFINE_string("peer_python", None, "Python with torch and numpy.")
 PEER_REPO = flags.DEFINE_string("peer_repo", None, "Checkout of nanoGPT.")
-ONLY = flags.DEFINE_enum("only", "both", ["both", "ours", "ladder"], "What to run.")
+ONLY = flags.DEFINE_enum(
+    "only", "both", ["both", "peers", "ours", "ladder"], "What to run: both is peers and ladder."
+)
+SIZES = flags.DEFINE_list("sizes", [], "Of 4/128 and 6/384; empty: both.")
+MODES = flags.DEFINE_list("modes", ["float32", "bfloat16"], "Of the peer.")
 ROUNDS = flags.DEFINE_integer("rounds", 3, "Processes of each side.", lower_bound=1)
 SECONDS = flags.DEFINE_float("seconds", 10.0, "Of steps in each process.")
 TOY = flags.DEFINE_bool("toy", False, "Tiny shapes, one short round of ours: does it run?")
@@ -156,7 +160,9 @@ def compare(shape: dict, rounds: int, seconds: float) -> dict:
     """Ours and the peer's modes in turn: tokens/s of each, and our ratio to each."""
     runs: dict[str, list[dict]] = {}
     sides = {"ours": lambda: ours(shape, OURS, seconds)}
-    for mode, compiled in PEER_MODES if ONLY.value == "both" else []:
+    for mode, compiled in PEER_MODES if ONLY.value in ("both", "peers") else []:
+        if mode not in MODES.value:
+            continue
         name = f"nanoGPT {mode} {'compiled' if compiled else 'eager'}"
         sides[name] = lambda m=mode, c=compiled: peer(shape, m, c, seconds)
     for _ in range(rounds):
@@ -231,7 +237,7 @@ def table(result: dict) -> str:
 
 
 def main(_) -> None:
-    if ONLY.value == "both" and not TOY.value:
+    if ONLY.value in ("both", "peers") and not TOY.value:
         if not PEER_PYTHON.value or not os.access(PEER_PYTHON.value, os.X_OK):
             raise FileNotFoundError(f"--peer_python={PEER_PYTHON.value} is not a Python to run")
         if not (pathlib.Path(PEER_REPO.value or "") / "model.py").exists():
@@ -247,10 +253,12 @@ def main(_) -> None:
     if PEER_REPO.value:
         result["versions"]["nanogpt_revision"] = record.revision(pathlib.Path(PEER_REPO.value))
     for name, shape in shapes.items():
+        if SIZES.value and name not in SIZES.value:
+            continue
         if ONLY.value != "ladder":
             print(name, flush=True)
             result["comparison"][name] = compare(shape, rounds, seconds)
-        if ONLY.value != "ours" and not TOY.value:
+        if ONLY.value in ("both", "ladder") and not TOY.value:
             result["ladder"][name] = climb(shape, max(1, rounds // 2), seconds)
         if OUTPUT.value:
             record.save(result, OUTPUT.value)
