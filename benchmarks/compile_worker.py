@@ -5,9 +5,7 @@
 The last line of its output is JSON. No flags here: tests and other benchmarks import it.
 """
 
-import json
 import pathlib
-import sys
 import time
 from typing import Any
 
@@ -221,13 +219,5 @@ def missed(result: dict) -> list[str]:
     ]
 
 
-def main(argv: list[str]) -> None:
-    from llm_jax.train import host_memory
-
-    host_memory.keep()  # as every run has it; before jax starts its threads
-    kind, spec = argv[1], json.loads(argv[2])
-    print(json.dumps({"compile": compile_step, "start": start}[kind](spec)))
-
-
 if __name__ == "__main__":
-    main(sys.argv)
+    record.serve({"compile": compile_step, "start": start})

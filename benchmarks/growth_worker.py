@@ -6,10 +6,8 @@ The last line of its output is JSON. No flags here: tests import it.
 """
 
 import itertools
-import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -155,13 +153,5 @@ def missed(result: dict) -> list[str]:
     return out
 
 
-def main(argv: list[str]) -> None:
-    from llm_jax.train import host_memory
-
-    host_memory.keep()  # as every run has it; before jax starts its threads
-    kind, spec = argv[1], json.loads(argv[2])
-    print(json.dumps({"step_times": step_times, "temporaries": temporaries}[kind](spec)))
-
-
 if __name__ == "__main__":
-    main(sys.argv)
+    record.serve({"step_times": step_times, "temporaries": temporaries})

@@ -8,6 +8,7 @@ import pathlib
 import platform
 import statistics
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -86,6 +87,16 @@ def worker(command: Sequence[str], environment: dict[str, str] | None = None) ->
         tail = "\n".join((done.stdout + done.stderr).splitlines()[-20:])
         raise RuntimeError(f"exit status {done.returncode} of: {' '.join(command)}\n{tail}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def serve(kinds: dict[str, Callable[[dict], Any]]) -> None:
+    """The main of a worker process: `worker(["python", "-m", MODULE, KIND, JSON])` gets
+    kinds[KIND](what the JSON says). To be called before jax starts its threads."""
+    from llm_jax.train import host_memory
+
+    host_memory.keep()  # as every run has it
+    kind, spec = sys.argv[1], json.loads(sys.argv[2])
+    print(json.dumps(kinds[kind](spec)))
 
 
 def in_turn(
