@@ -57,6 +57,9 @@ class MoEConfig(Config):
     n_shared: int = 0  # experts on every token's path, as one MLP of n_shared * d_ff
     scores: str = "softmax"  # softmax (over all, then the chosen: Mixtral) | sigmoid (DeepSeek-V3)
     normalize: bool = True  # the weights of a token's chosen experts sum to 1
+    groups: int = 0  # experts in so many groups, of which a token chooses top_groups; 0: no groups
+    top_groups: int = 0
+    first_dense: int = 0  # so many layers at the bottom keep a dense MLP of model.d_ff
     scale: float = 1.0  # times what the routed experts add up to
     balance_loss: float = 0.01  # scale of the load-balancing loss; 0: off
     z_loss: float = 0.001  # scale of the router's z-loss; 0: off
@@ -88,18 +91,28 @@ class ModelConfig(Config):
     rope_theta: float = 10_000.0
     rope_fraction: float = 1.0  # share of a head's dimensions that is rotated
     rope_interleaved: bool = False  # pairs (0, 1), (2, 3), ... instead of the two halves
-    rope_scaling: str = "none"  # none | linear | ntk | yarn
+    rope_local_theta: float = 0.0  # base, unscaled, of layers with a window; 0: as all others
+    rope_scaling: str = "none"  # none | linear | ntk | yarn | llama3
     rope_factor: float = 1.0  # context extension factor of the scaling
-    rope_original_length: int = 0  # context the weights were trained at (yarn, ntk)
+    rope_original_length: int = 0  # context the weights were trained at (yarn, ntk, llama3)
     yarn_beta_fast: float = 32.0
     yarn_beta_slow: float = 1.0
+    yarn_attention_factor: float = 0.0  # factor on cos and sin; 0: 0.1 ln(rope_factor) + 1
+    # llama3: pairs that turn more than `high` times within rope_original_length stay, those that
+    # turn less than `low` times are stretched by rope_factor.
+    rope_low_turns: float = 1.0
+    rope_high_turns: float = 4.0
 
     norm: str = "rmsnorm"  # layernorm | rmsnorm
-    norm_position: str = "pre"  # pre | post
+    norm_position: str = "pre"  # pre | post | reordered (OLMo 2) | sandwich (Gemma 2)
     norm_eps: float = 1e-5
     norm_bias: bool = False  # layernorm only
+    norm_unit_offset: bool = False  # norms multiply by 1 + scale (Gemma)
     qk_norm: bool = False
+    qk_norm_over: str = "head"  # head | all (one norm over all heads together)
     window: int = 0  # sliding window in tokens, own token included; 0: full attention
+    global_layers: tuple = ()  # numbers of the layers that see everything although `window` is set
+    attention_scale: float = 0.0  # times q . k; 0: 1 / sqrt(head_dim)
     attention_softcap: float = 0.0  # cap * tanh(x / cap) on attention scores; 0: off
     logit_softcap: float = 0.0  # the same on output logits
     activation: str = "swiglu"  # gelu (tanh) | gelu_erf | swiglu | geglu | relu2
@@ -107,6 +120,7 @@ class ModelConfig(Config):
     out_bias: bool = False  # bias of the attention output projection
     mlp_bias: bool = False
     tied: bool = True  # output head shares the embedding matrix
+    embed_scale: float = 1.0  # times the token embeddings (Gemma: sqrt(d_model))
     dropout: float = 0.0
     init_std: float = 0.02  # residual projections: init_std / sqrt(2 * n_layers)
 
@@ -275,9 +289,10 @@ class TrainConfig(Config):
 
 CHOICES = {
     "model.positions": ("learned", "sinusoidal", "rope", "none"),
-    "model.rope_scaling": ("none", "linear", "ntk", "yarn"),
+    "model.rope_scaling": ("none", "linear", "ntk", "yarn", "llama3"),
     "model.norm": ("layernorm", "rmsnorm"),
-    "model.norm_position": ("pre", "post"),
+    "model.norm_position": ("pre", "post", "reordered", "sandwich"),
+    "model.qk_norm_over": ("head", "all"),
     "model.activation": ("gelu", "gelu_erf", "swiglu", "geglu", "relu2"),
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.attention": ("auto", "xla", "cudnn", "pallas", "splash", "reference", "ring"),
@@ -358,16 +373,18 @@ def validate(config: Config) -> None:
             f"length={config.length} is longer than the learned position table; raise "
             f"model.max_length={m.max_length}, or use model.positions=rope"
         )
-    if m.rope_scaling in ("ntk", "yarn") and not m.rope_original_length:
+    if m.rope_scaling in ("ntk", "yarn", "llama3") and not m.rope_original_length:
         raise ValueError(
             f"model.rope_scaling={m.rope_scaling} needs model.rope_original_length, the context the "
             "weights were trained at"
         )
-    if m.moe.n_experts and not 1 <= m.moe.top_k <= m.moe.n_experts:
+    if bad := [i for i in m.global_layers if not 0 <= i < m.n_layers]:
         raise ValueError(
-            f"model.moe.top_k={m.moe.top_k} has to be between 1 and model.moe.n_experts="
-            f"{m.moe.n_experts}"
+            f"model.global_layers has layer {bad[0]}, but model.n_layers={m.n_layers} has 0 to "
+            f"{m.n_layers - 1}"
         )
+    if m.moe.n_experts:
+        _validate_experts(m)
     if config.optimizer.moment_dtype != "float32" and config.optimizer.name == "adafactor":
         raise ValueError(
             f"optimizer.moment_dtype={config.optimizer.moment_dtype} is for adamw and muon; "
@@ -377,6 +394,30 @@ def validate(config: Config) -> None:
         raise ValueError(f"model.dropout={m.dropout} has to be in [0, 1)")
     if not 0.0 <= config.data.eval_fraction < 1.0:
         raise ValueError(f"data.eval_fraction={config.data.eval_fraction} has to be in [0, 1)")
+
+
+def _validate_experts(m: ModelConfig) -> None:
+    e = m.moe
+    if not 1 <= e.top_k <= e.n_experts:
+        raise ValueError(
+            f"model.moe.top_k={e.top_k} has to be between 1 and model.moe.n_experts={e.n_experts}"
+        )
+    if not 0 <= e.first_dense < m.n_layers:
+        raise ValueError(
+            f"model.moe.first_dense={e.first_dense} has to leave some of model.n_layers={m.n_layers}"
+        )
+    if e.groups:
+        size = e.n_experts // e.groups
+        if e.n_experts % e.groups or size < 2:
+            raise ValueError(
+                f"model.moe.n_experts={e.n_experts} does not fall into model.moe.groups={e.groups} of "
+                "two or more"
+            )
+        if not 1 <= e.top_groups <= e.groups or e.top_groups * size < e.top_k:
+            raise ValueError(
+                f"model.moe.top_groups={e.top_groups} has to be at most model.moe.groups={e.groups}, "
+                f"and to hold model.moe.top_k={e.top_k} experts (groups have {size})"
+            )
 
 
 def freeze(config: Config) -> Config:

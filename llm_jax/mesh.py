@@ -92,7 +92,7 @@ def estimate(cfg: TrainConfig, shape: Shape, n_params: int, machine: Machine) ->
 
     # Parameters: routed experts, the tables, and the rest of the layers.
     matrices = 3 if m.activation in GATED else 2
-    routed = m.n_layers * moe.n_experts * matrices * D * (moe.d_ff or m.d_ff)
+    routed = (m.n_layers - moe.first_dense) * moe.n_experts * matrices * D * (moe.d_ff or m.d_ff)
     table = m.vocab_size * D * (1 if m.tied else 2)
     dense = max(n_params - routed - table, 0)
     held = ((dense + routed) / stage + table) / (fsdp * expert * tensor)

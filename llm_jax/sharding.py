@@ -309,7 +309,8 @@ def check_divisible(cfg: TrainConfig, shape: dict[str, int]) -> None:
     vocab = -(-m.vocab_size // m.vocab_multiple) * m.vocab_multiple
     turns = m.pipeline_turns if shape["stage"] > 1 else 1
     # Ring attention pairs early and late pieces of a row, unless a short window balances them.
-    pairs = 2 if shape["context"] > 1 and not 0 < 2 * m.window <= cfg.length else 1
+    short = 0 < 2 * m.window <= cfg.length and not m.global_layers
+    pairs = 2 if shape["context"] > 1 and not short else 1
     width = moe.d_ff or m.d_ff
     shared = f"model.moe.n_shared={moe.n_shared} * model.moe.d_ff={width}"
     checks = [
@@ -327,7 +328,12 @@ def check_divisible(cfg: TrainConfig, shape: dict[str, int]) -> None:
             (f"model.moe.d_ff={width}", width, "mlp", 1),
             (shared, moe.n_shared * width, "mlp", 1),
         ]
-    else:
+    if moe.n_experts and moe.first_dense and shape["stage"] > 1:
+        raise ValueError(
+            f"model.moe.first_dense={moe.first_dense}: a pipeline takes layers that are all alike; "
+            f"set mesh.stage={shape['stage']} to 1"
+        )
+    if not moe.n_experts or moe.first_dense:
         checks.append((f"model.d_ff={m.d_ff}", m.d_ff, "mlp", 1))
     if cfg.eval.batch_size:
         checks.append((f"eval.batch_size={cfg.eval.batch_size}", cfg.eval.batch_size, "batch", 1))

@@ -1,9 +1,12 @@
 """The decoder-only transformer: GPT-2, Llama and what lies between, from one config.
 
 x = embed(tokens) (+ positions)
-pre-norm:   x = x + attention(norm(x));  x = x + mlp(norm(x));  final norm
-post-norm:  x = norm(x + attention(x));  x = norm(x + mlp(x))
-With experts (`cfg.moe`) the MLP is a mixture of them.
+pre-norm:   x = x + f(norm(x))            for f = attention, mlp;  a final norm
+reordered:  x = x + norm(f(x))                                     a final norm   (OLMo 2)
+sandwich:   x = x + norm(f(norm(x)))                               a final norm   (Gemma 2)
+post-norm:  x = norm(x + f(x))
+With experts (`cfg.moe`) the MLP is a mixture of them, but for the `first_dense` layers. Layers with
+and without the sliding window may alternate (`cfg.global_layers`).
 """
 
 import math
@@ -31,27 +34,24 @@ def specs(cfg: ModelConfig) -> PyTree:
     # Residual projections start smaller, so that the stream's variance does not grow with depth
     # (Radford et al. 2019).
     out_std = cfg.init_std / math.sqrt(2 * cfg.n_layers)
-    tree = {
-        "embed": {"tokens": ParamSpec((rows, D), ("vocab", "embed"), Normal(cfg.init_std))},
-        "layers": stacked(
-            {
-                "attn_norm": layers.norm_specs(cfg, D),
-                "attn": attention.specs(cfg, out_std),
-                "mlp_norm": layers.norm_specs(cfg, D),
-                **(
-                    {"moe": moe.specs(cfg, out_std)}
-                    if cfg.moe.n_experts
-                    else {"mlp": layers.mlp_specs(cfg, out_std)}
-                ),
-            },
-            cfg.n_layers,
-        ),
-    }
+    tree = {"embed": {"tokens": ParamSpec((rows, D), ("vocab", "embed"), Normal(cfg.init_std))}}
+    shared = {"attn": attention.specs(cfg, out_std)}
+    for name in _norms(cfg):
+        shared[name] = layers.norm_specs(cfg, D)
+    dense = shared | {"mlp": layers.mlp_specs(cfg, out_std)}
+    n_dense = _dense_layers(cfg)
+    if n_dense < cfg.n_layers:
+        experts = shared | {"moe": moe.specs(cfg, out_std)}
+        tree["layers"] = stacked(experts, cfg.n_layers - n_dense)
+        if n_dense:
+            tree["dense_layers"] = stacked(dense, n_dense)
+    else:
+        tree["layers"] = stacked(dense, cfg.n_layers)
     if cfg.positions == "learned":
         tree["embed"]["positions"] = ParamSpec(
             (cfg.max_length, D), (None, "embed"), Normal(cfg.init_std)
         )
-    if cfg.norm_position == "pre":
+    if cfg.norm_position != "post":
         tree["final_norm"] = layers.norm_specs(cfg, D)
     if not cfg.tied:
         tree["head"] = {"w": ParamSpec((rows, D), ("vocab", "embed"), Normal(cfg.init_std))}
@@ -78,16 +78,18 @@ def hidden(
 
     with jax.named_scope("embed"):
         x = embed(params["embed"]["tokens"], batch.tokens)
+        if cfg.embed_scale != 1.0:
+            x = x * jnp.asarray(cfg.embed_scale, x.dtype)
         if cfg.positions == "learned":
             x = x + embed(params["embed"]["positions"], position_BxL, None)
         elif cfg.positions == "sinusoidal":
             x = x + positions.sinusoids(position_BxL, cfg.d_model).astype(x.dtype)
         x = layers.dropout(x, rng, cfg.dropout, salt=0)
 
-    # One table for all rows where all rows have the same positions; it closes over no batch axis.
+    # Shared by all rows where all rows have the same positions; it closes over no batch axis.
     shared_rope = None
     if cfg.positions == "rope":
-        rope = positions.rope_table(position_BxL, cfg)
+        rope = positions.rope_tables(position_BxL, cfg)
         if position_BxL.shape[0] == B and B > 1:
             side["rope"] = rope
         else:
@@ -100,39 +102,52 @@ def hidden(
             else jax.vmap(lambda k: jax.random.fold_in(k, i + 1))(side["rng"])
         )
         inner = side if shared_rope is None else {**side, "rope": shared_rope}
-        pre = cfg.norm_position == "pre"
+        post = cfg.norm_position == "post"
+
+        def normed(name, x):
+            return layers.norm(p[name], x, cfg) if name in p else x
+
         with jax.named_scope("attention"):
-            h = layers.norm(p["attn_norm"], x, cfg) if pre else x
+            h = x if post else normed("attn_norm", x)
             h, cache_layers = attention.layer(p["attn"], h, inner, cache_layers, i, cfg)
+            h = normed("attn_out_norm", h)
             x = x + layers.dropout(h, keys, cfg.dropout, salt=1)
-            x = x if pre else layers.norm(p["attn_norm"], x, cfg)
+            x = normed("attn_norm", x) if post else x
         with jax.named_scope("mlp"):
-            h = layers.norm(p["mlp_norm"], x, cfg) if pre else x
+            h = x if post else normed("mlp_norm", x)
             extras = {}
             if "moe" in p:
                 segments = side.get("segments")
                 valid = None if segments is None else segments[0] > 0
                 h, extras = moe.layer(p["moe"], h, valid, cfg)
-                extras["expert_load"] = _at_layer(extras["expert_load"], i, cfg.n_layers)
+                extras["expert_load"] = _at_layer(extras["expert_load"], i - n_dense, n_sparse)
             else:
                 h = layers.mlp(p["mlp"], h, cfg)
+            h = normed("mlp_out_norm", h)
             x = x + layers.dropout(h, keys, cfg.dropout, salt=2)
-            x = x if pre else layers.norm(p["mlp_norm"], x, cfg)
+            x = normed("mlp_norm", x) if post else x
         return x, cache_layers, extras
 
-    extras = {}
-    if cfg.moe.n_experts:
-        shapes = moe.extras_shapes(cfg, B) | {"expert_load": (B, cfg.n_layers, cfg.moe.n_experts)}
-        extras = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
+    n_dense = _dense_layers(cfg)
+    n_sparse = cfg.n_layers - n_dense
     layer_cache = cache.layers if cache is not None else None
-    x, cache_layers, extras = stack(block, params["layers"], x, side, layer_cache, extras, cfg=cfg)
-    if cfg.norm_position == "pre":
+    if "dense_layers" in params:
+        x, layer_cache, _ = stack(block, params["dense_layers"], x, side, layer_cache, cfg=cfg)
+    extras = {}
+    if n_sparse:
+        shapes = moe.extras_shapes(cfg, B) | {"expert_load": (B, n_sparse, cfg.moe.n_experts)}
+        extras = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
+    first = n_dense if n_sparse else 0
+    x, layer_cache, extras = stack(
+        block, params["layers"], x, side, layer_cache, extras, cfg=cfg, first=first
+    )
+    if cfg.norm_position != "post":
         x = layers.norm(params["final_norm"], x, cfg)
     if cache is not None:
-        cache = cache.replace(layers=cache_layers, index=cache.index + L)
+        cache = cache.replace(layers=layer_cache, index=cache.index + L)
     if "dropped" in extras:
         extras["dropped"] = extras["dropped"] / cfg.moe.top_k  # a share of the assignments
-    extras = {n: e if n == "expert_load" else e / cfg.n_layers for n, e in extras.items()}
+    extras = {n: e if n == "expert_load" else e / n_sparse for n, e in extras.items()}
     penalties = {n: extras.pop(n) for n in moe.PENALTIES if n in extras}
     return Hidden(x=x, cache=cache, penalties=penalties, stats=extras)
 
@@ -181,6 +196,23 @@ def init_cache(params: PyTree, batch: Batch, cfg: ModelConfig, length: int) -> C
         positions=jnp.zeros((B, length), jnp.int32),
         index=jnp.int32(0),
     )
+
+
+def _norms(cfg: ModelConfig) -> tuple[str, ...]:
+    """The norms of a layer besides those of queries and keys."""
+    match cfg.norm_position:
+        case "pre" | "post":
+            return ("attn_norm", "mlp_norm")
+        case "reordered":
+            return ("attn_out_norm", "mlp_out_norm")
+        case "sandwich":
+            return ("attn_norm", "attn_out_norm", "mlp_norm", "mlp_out_norm")
+    raise ValueError(f"model.norm_position={cfg.norm_position!r} is unknown")
+
+
+def _dense_layers(cfg: ModelConfig) -> int:
+    """Layers, from the bottom, whose MLP is dense."""
+    return cfg.moe.first_dense if cfg.moe.n_experts else cfg.n_layers
 
 
 def _at_layer(x_BxE: Array, i: Array, n_layers: int) -> Array:

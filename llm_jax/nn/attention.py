@@ -3,6 +3,8 @@
 import functools
 import math
 
+import jax
+import jax.numpy as jnp
 from absl import logging
 from jax.ad_checkpoint import checkpoint_name
 
@@ -69,7 +71,7 @@ def _warn(length: int, reasons: str) -> None:
 
 
 def specs(cfg: ModelConfig, out_std: float) -> PyTree:
-    """Projections q, k, v, o and, with qk_norm, a norm per head for q and k."""
+    """Projections q, k, v, o and, with qk_norm, a norm for q and one for k."""
     D, H, K, Dh = cfg.d_model, cfg.n_heads, cfg.kv_heads, cfg.head_dim
     tree = {
         "q": dense_specs(D, H * Dh, ("embed", "heads"), cfg.init_std, cfg.qkv_bias),
@@ -78,43 +80,70 @@ def specs(cfg: ModelConfig, out_std: float) -> PyTree:
         "o": dense_specs(H * Dh, D, ("heads", "embed"), out_std, cfg.out_bias),
     }
     if cfg.qk_norm:
-        tree["q_norm"] = layers.norm_specs(cfg, Dh)
-        tree["k_norm"] = layers.norm_specs(cfg, Dh)
+        whole = cfg.qk_norm_over == "all"
+        tree["q_norm"] = layers.norm_specs(cfg, H * Dh if whole else Dh)
+        tree["k_norm"] = layers.norm_specs(cfg, K * Dh if whole else Dh)
     return tree
 
 
 def layer(
-    p: PyTree, x_BxLxD: Array, side: PyTree, cache: PyTree | None, i: Array, cfg: ModelConfig
+    p: PyTree, x_BxLxD: Array, side: PyTree, cache: PyTree | None, i: Array | int, cfg: ModelConfig
 ):
     """Self-attention of layer `i`: (x [B, L, D], cache layers) -> the same.
 
-    `side` holds the rotary table, and segments and positions of queries and keys; `cache` the
-    keys and values, stacked [M, B, K, S, Dh] or a queue of layers (nn/cached), written at slot
-    side["start"].
+    `side` holds the rotary tables (`positions.rope_tables`), and segments and positions of queries
+    and keys; `cache` the keys and values, stacked [M, B, K, S, Dh] or a queue of layers
+    (nn/cached), written at slot side["start"].
     """
     B, L, _ = x_BxLxD.shape
     H, K, Dh = cfg.n_heads, cfg.kv_heads, cfg.head_dim
     q, k, v = read([p["q"], p["k"], p["v"]], x_BxLxD, ["heads", "kv_heads", "kv_heads"])
-    q, k, v = q.reshape(B, L, H, Dh), k.reshape(B, L, K, Dh), v.reshape(B, L, K, Dh)
-    if cfg.qk_norm:
+    if cfg.qk_norm and cfg.qk_norm_over == "all":
         q, k = layers.norm(p["q_norm"], q, cfg), layers.norm(p["k_norm"], k, cfg)
+    q, k, v = q.reshape(B, L, H, Dh), k.reshape(B, L, K, Dh), v.reshape(B, L, K, Dh)
+    if cfg.qk_norm and cfg.qk_norm_over == "head":
+        q, k = layers.norm(p["q_norm"], q, cfg), layers.norm(p["k_norm"], k, cfg)
+    local = _is_local(i, cfg)
     if side.get("rope") is not None:
-        q, k = positions.rotate(q, side["rope"], cfg), positions.rotate(k, side["rope"], cfg)
-    shape = Shape(True, cfg.window, cfg.attention_softcap, 1 / math.sqrt(Dh), cfg.attention_block)
+        table = _at_kind(side["rope"], local)
+        q, k = positions.rotate(q, table, cfg), positions.rotate(k, table, cfg)
+    scale = cfg.attention_scale or 1 / math.sqrt(Dh)
+    shape = Shape(True, 0, cfg.attention_softcap, scale, cfg.attention_block)
     if cache is None:
         mask = Mask(side.get("segments"), side.get("positions"))
-        o = attention(q, k, v, mask, shape, cfg.attention)
+        attend = functools.partial(attention, implementation=cfg.attention)
     else:  # no kernel does these calls: a run that names one for training can still draw samples
         k, v, cache = cached.append(k, v, cache, side["start"], i)
         mask = Mask(side["segments"], side["positions"], side["start"])
         if cfg.attention != "reference" and L <= cfg.attention_block:
-            o = cached.attend(q, k, v, mask, shape)
+            attend = cached.attend
         else:
             k, v = (x.reshape(B, K, -1, Dh).transpose(0, 2, 1, 3) for x in (k, v))
-            o = attention(
-                q, k, v, mask, shape, "reference" if cfg.attention == "reference" else "xla"
-            )
+            name = "reference" if cfg.attention == "reference" else "xla"
+            attend = functools.partial(attention, implementation=name)
+    # Which keys a kernel may leave out is part of its program, so there is one for each kind.
+    kinds = [lambda w=w: attend(q, k, v, mask, shape._replace(window=w)) for w in (0, cfg.window)]
+    if isinstance(local, bool):
+        o = kinds[local]()
+    else:
+        o = jax.lax.cond(local, kinds[1], kinds[0])
     return write(p["o"], o.reshape(B, L, H * Dh), "heads"), cache
+
+
+def _is_local(i: Array | int, cfg: ModelConfig) -> Array | bool:
+    """Whether layer `i` has the window; known while tracing where all layers are alike or `i` is."""
+    if not (cfg.window and cfg.global_layers):
+        return bool(cfg.window)
+    if isinstance(i, int):
+        return i not in cfg.global_layers
+    return ~jnp.any(i == jnp.array(cfg.global_layers))
+
+
+def _at_kind(tables: tuple[PyTree, ...], local: Array | bool) -> PyTree:
+    """The rotary table of a layer: the last of one or two for layers with a window."""
+    if isinstance(local, bool) or len(tables) == 1:
+        return tables[-1 if local is True else 0]
+    return jax.tree.map(lambda everywhere, near: jnp.where(local, near, everywhere), *tables)
 
 
 def cache_specs(cfg: ModelConfig, rows: int, length: int) -> PyTree:

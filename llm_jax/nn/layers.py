@@ -13,7 +13,8 @@ from llm_jax.types import Array, PyTree
 
 def norm_specs(cfg: ModelConfig, width: int) -> PyTree:
     """ "scale" (and "bias") [width]."""
-    specs = {"scale": ParamSpec((width,), (None,), Constant(1.0))}
+    start = 0.0 if cfg.norm_unit_offset else 1.0
+    specs = {"scale": ParamSpec((width,), (None,), Constant(start))}
     if cfg.norm == "layernorm" and cfg.norm_bias:
         specs["bias"] = ParamSpec((width,), (None,), Constant(0.0))
     return specs
@@ -26,7 +27,8 @@ def norm(p: PyTree, x: Array, cfg: ModelConfig) -> Array:
     if cfg.norm == "layernorm":
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + cfg.norm_eps)
-    y = y * p["scale"].astype(jnp.float32)[*lead, :]
+    scale = p["scale"].astype(jnp.float32)[*lead, :]
+    y = y * (1.0 + scale if cfg.norm_unit_offset else scale)
     if "bias" in p:
         y = y + p["bias"].astype(jnp.float32)[*lead, :]
     return y.astype(x.dtype)

@@ -4,7 +4,8 @@ y[t] = scale * sum over the top_k chosen e of weight[t, e] * expert_e(x[t])  +  
 
 The router works in float32. "softmax" is Mixtral's (Jiang et al. 2024, arXiv 2401.04088): softmax
 over all experts, the top_k largest, made to sum to 1. "sigmoid" is DeepSeek-V3's (arXiv 2412.19437,
-section 2.1.2): sigmoid scores, chosen by score + bias, weighted by score alone. What the experts
+section 2.1.2): sigmoid scores, chosen by score + bias, weighted by score alone, and chosen among
+the best groups of experts alone if there are groups. What the experts
 compute is in `nn/experts.py`, how tokens reach them on other devices in `nn/dispatch.py`.
 
 C stands for the choices of a token, top_k of them.
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax import sharding
-from llm_jax.config import GATED, ModelConfig
+from llm_jax.config import GATED, ModelConfig, MoEConfig
 from llm_jax.nn import dispatch, layers
 from llm_jax.nn.params import Constant, Normal, ParamSpec
 from llm_jax.types import Array, PyTree
@@ -115,7 +116,7 @@ def route(
     rank_by = (
         scores_BxLxE + p["bias"].astype(jnp.float32)[None, None, :] if "bias" in p else scores_BxLxE
     )
-    ids_BxLxC = _top_k(jax.lax.stop_gradient(rank_by), C)
+    ids_BxLxC = _top_k(_in_best_groups(jax.lax.stop_gradient(rank_by), moe), C)
     chosen_BxLxCxE = ids_BxLxC[..., None] == jnp.arange(E)[None, None, None, :]
     weights_BxLxC = jnp.sum(jnp.where(chosen_BxLxCxE, scores_BxLxE[:, :, None, :], 0.0), axis=-1)
     if moe.normalize:
@@ -150,6 +151,21 @@ def route(
     entropy_BxL = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
     extras["router_entropy"] = jnp.sum(entropy_BxL * counts_BxL, axis=1)
     return ids_BxLxC, weights_BxLxC, extras
+
+
+def _in_best_groups(scores_BxLxE: Array, moe: MoEConfig) -> Array:
+    """The scores with -inf outside each token's `top_groups` best groups; a group is as good as its
+    two best experts together (DeepSeek-V3, section 2.1.2)."""
+    if not moe.groups:
+        return scores_BxLxE
+    B, L, E = scores_BxLxE.shape
+    grouped = scores_BxLxE.reshape(B, L, moe.groups, E // moe.groups)
+    best = jnp.max(grouped, axis=-1)
+    first = jnp.argmax(grouped, axis=-1)[..., None] == jnp.arange(E // moe.groups)[None, None, None]
+    second = jnp.max(jnp.where(first, -jnp.inf, grouped), axis=-1)
+    groups = _top_k(best + second, moe.top_groups)
+    kept = jnp.any(groups[..., None] == jnp.arange(moe.groups)[None, None, None], axis=2)
+    return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(B, L, E)
 
 
 def _top_k(scores_BxLxE: Array, k: int) -> Array:

@@ -5,6 +5,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax import config as configs
 from llm_jax.config import ModelConfig
 from llm_jax.types import Array
 
@@ -15,8 +16,9 @@ def rope_frequencies(cfg: ModelConfig) -> tuple[np.ndarray, float]:
     linear: positions divided by the factor (Chen et al. 2023). ntk: a larger base, so that the
     lowest frequency is stretched by the factor and the highest not at all. yarn (Peng et al.
     2023): pairs that turn more than beta_fast times within the original context stay, those that
-    turn less than beta_slow times are stretched, a ramp lies between; attention is tempered by
-    0.1 ln(factor) + 1, as a factor on cos and sin.
+    turn less than beta_slow times are stretched, a ramp over the pairs lies between; attention is
+    tempered by 0.1 ln(factor) + 1, as a factor on cos and sin. llama3 (Grattafiori et al. 2024):
+    the same from rope_high_turns to rope_low_turns with a ramp over the turns, untempered.
     """
     rotated = int(cfg.head_dim * cfg.rope_fraction) // 2 * 2
     n = rotated // 2
@@ -37,12 +39,30 @@ def rope_frequencies(cfg: ModelConfig) -> tuple[np.ndarray, float]:
         ramp = np.clip((np.arange(n) - low) / max(high - low, 1e-3), 0.0, 1.0)
         frequencies = frequencies * (1 - ramp) + frequencies / factor * ramp
         scale = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+        scale = cfg.yarn_attention_factor or scale
+    elif cfg.rope_scaling == "llama3":
+        turns = cfg.rope_original_length * frequencies / (2 * math.pi)
+        span = cfg.rope_high_turns - cfg.rope_low_turns
+        kept = np.clip((turns - cfg.rope_low_turns) / span, 0.0, 1.0)
+        frequencies = frequencies * kept + frequencies / factor * (1 - kept)
     return frequencies, scale
 
 
-def rope_table(positions_BxL: Array, cfg: ModelConfig) -> tuple[Array, Array]:
-    """cos and sin, float32 [B, L, n], of n rotated pairs."""
-    frequencies, scale = rope_frequencies(cfg)
+def rope_tables(positions_BxL: Array, cfg: ModelConfig) -> tuple[tuple[Array, Array], ...]:
+    """cos and sin, float32 [B, L, n], of n rotated pairs; where layers with a window turn by a base
+    of their own (`cfg.rope_local_theta`), a second such pair, theirs."""
+    tables = (rope_table(positions_BxL, *rope_frequencies(cfg)),)
+    if not cfg.rope_local_theta:
+        return tables
+    local = configs.thaw(cfg)
+    local.rope_theta, local.rope_scaling = cfg.rope_local_theta, "none"
+    return (*tables, rope_table(positions_BxL, *rope_frequencies(local)))
+
+
+def rope_table(
+    positions_BxL: Array, frequencies: np.ndarray, scale: float = 1.0
+) -> tuple[Array, Array]:
+    """cos and sin, times `scale`: float32 [B, L, n] for n frequencies."""
     angles = (
         positions_BxL.astype(jnp.float32)[:, :, None] * frequencies.astype(np.float32)[None, None]
     )

@@ -30,7 +30,12 @@ def remat(block: Block, cfg: ModelConfig) -> Block:
             raise ValueError(f"model.remat={other!r} is unknown")
     # In a scan the forward and the backward pass are loops of their own, and nothing can be shared
     # between them; the barriers that would prevent it only cost memory.
-    return jax.checkpoint(block, policy=keep, prevent_cse=not cfg.scan)
+
+    def checkpointed(p, x, side, cache, i):  # i is not an argument: it may be a Python int
+        run = jax.checkpoint(lambda *args: block(*args, i), policy=keep, prevent_cse=not cfg.scan)
+        return run(p, x, side, cache)
+
+    return checkpointed
 
 
 def stack(
@@ -42,10 +47,12 @@ def stack(
     extras: dict[str, Array] | None = None,
     *,
     cfg: ModelConfig,
+    first: int = 0,
 ) -> tuple[Array, PyTree, dict[str, Array]]:
-    """Runs `block(p, x, side, cache, i) -> (x, cache, more)` for each layer i in turn.
+    """Runs `block(p, x, side, cache, i) -> (x, cache, more)` for each layer i in turn, from `first`.
 
-    `params` leaves are stacked on a leading layer axis; `side` leaves lead with B. The cache is a
+    `params` leaves are stacked on a leading layer axis; `side` leaves lead with B. In a Python loop
+    `i` is an int, so that a block can tell its layer while it is traced. The cache is a
     carry that blocks write slices of. What blocks return besides is added to `extras`, named
     arrays [B, ...]. Returns x, the cache and the sums.
     """
@@ -59,7 +66,7 @@ def stack(
 
         x_BxLxD, extras = pipeline.run(run, params, x_BxLxD, side, extras, cfg)
         return x_BxLxD, None, extras
-    return _in_turn(block, params, x_BxLxD, side, cache, extras, jnp.int32(0), cfg)
+    return _in_turn(block, params, x_BxLxD, side, cache, extras, first, cfg)
 
 
 def _in_turn(
@@ -69,7 +76,7 @@ def _in_turn(
     side: PyTree,
     cache: PyTree,
     extras: dict[str, Array],
-    first: Array,
+    first: Array | int,
     cfg: ModelConfig,
 ) -> tuple[Array, PyTree, dict[str, Array]]:
     """The layers of `params` one after the other, numbered from `first`."""

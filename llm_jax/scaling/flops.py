@@ -55,12 +55,16 @@ def forward(specs: PyTree, cfg: ModelConfig, length: int, *, causal: bool) -> di
             table = spec
         elif not path.startswith("embed/") and _is_matrix(spec):
             share = cfg.moe.top_k / cfg.moe.n_experts if is_routed(spec) else 1.0
-            name = path.removeprefix("layers/").removesuffix("/w")
-            out[name] = 2 * share * math.prod(spec.shape)
+            name = path.removeprefix("dense_").removeprefix("layers/").removesuffix("/w")
+            out[name] = out.get(name, 0.0) + 2 * share * math.prod(spec.shape)
     if cfg.tied and table is not None:
         out["head"] = 2 * math.prod(table.shape)
-    keys = visible_keys(length, cfg.window) if causal else length
-    products = 2 * cfg.n_layers * cfg.n_heads * cfg.head_dim * keys
+    keys = cfg.n_layers * length
+    if causal:
+        full = len(cfg.global_layers) if cfg.window else cfg.n_layers
+        keys = full * visible_keys(length)
+        keys += (cfg.n_layers - full) * visible_keys(length, cfg.window)
+    products = 2 * cfg.n_heads * cfg.head_dim * keys
     return out | {"scores": products, "weighted": products}
 
 

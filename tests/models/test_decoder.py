@@ -50,6 +50,29 @@ VARIANTS = {
         "rope_interleaved": True,
         "head_dim": 8,
     },
+    "olmo2": {
+        "norm_position": "reordered",
+        "qk_norm": True,
+        "qk_norm_over": "all",
+        "kv_heads": 2,
+        "rope_scaling": "llama3",
+        "rope_factor": 4.0,
+        "rope_original_length": 16,
+    },
+    "gemma3": {
+        "n_layers": 3,
+        "norm_position": "sandwich",
+        "norm_unit_offset": True,
+        "window": 4,
+        "global_layers": (1,),
+        "rope_theta": 100.0,
+        "rope_local_theta": 10.0,
+        "rope_scaling": "linear",
+        "rope_factor": 2.0,
+        "embed_scale": 5.0,
+        "attention_scale": 0.3,
+        "activation": "geglu",
+    },
 }
 
 
@@ -105,7 +128,8 @@ def test_causal_by_gradient(name):
     g = jax.jit(jax.grad(pick))(params["embed"]["tokens"][batch.tokens[0]])
     size = np.abs(np.asarray(g)).sum(axis=1)
     assert (size[t + 1 :] == 0).all()
-    first = t - cfg.window * cfg.n_layers if cfg.window else -1
+    windowed = cfg.window and not cfg.global_layers
+    first = t - cfg.window * cfg.n_layers if windowed else -1
     seen = size[max(first + cfg.n_layers, 0) : t + 1]
     assert (seen > 0).all()
 
@@ -184,7 +208,7 @@ def test_cached_decoding_equals_the_full_forward(name):
 def test_every_value_of_every_choice_is_tested():
     from llm_jax.config import CHOICES, ModelConfig
 
-    for key in ("positions", "norm", "norm_position", "activation"):
+    for key in ("positions", "norm", "norm_position", "activation", "qk_norm_over"):
         default = getattr(ModelConfig(), key)
         assert {v.get(key, default) for v in VARIANTS.values()} == set(CHOICES[f"model.{key}"])
 

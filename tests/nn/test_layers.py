@@ -48,7 +48,7 @@ def test_mlp(activation):
 def test_rope_turns_and_keeps_relative_positions():
     cfg = tiny_model(n_heads=4, head_dim=8)
     x = jax.random.normal(jax.random.key(0), (1, 6, 1, 8))
-    at = lambda start: positions.rope_table(jnp.arange(start, start + 6)[None], cfg)  # noqa: E731
+    at = lambda start: positions.rope_tables(jnp.arange(start, start + 6)[None], cfg)[0]  # noqa: E731
     a, b = positions.rotate(x, at(0), cfg), positions.rotate(x, at(100), cfg)
     np.testing.assert_allclose(
         jnp.einsum("blhd,bmhd->blm", a, a), jnp.einsum("blhd,bmhd->blm", b, b), atol=3e-5
@@ -63,7 +63,7 @@ def test_rope_turns_and_keeps_relative_positions():
         inter[0, 1, 0, 0], x[0, 1, 0, 0] * np.cos(1) - x[0, 1, 0, 1] * np.sin(1), rtol=1e-5
     )
     half = tiny_model(head_dim=8, rope_fraction=0.5)
-    part = positions.rotate(x, positions.rope_table(jnp.arange(6)[None], half), half)
+    part = positions.rotate(x, positions.rope_tables(jnp.arange(6)[None], half)[0], half)
     np.testing.assert_array_equal(part[..., 4:], x[..., 4:])
 
 
