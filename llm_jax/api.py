@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax import config as configs
-from llm_jax import models, sharding
+from llm_jax import models, sharding, tokenizers
 from llm_jax.config import MeshConfig, TrainConfig
 from llm_jax.decode.generate import Completion, generate
 from llm_jax.eval.likelihood import text_log_probs
+from llm_jax.interop import pretrained
 from llm_jax.train import checkpoint
 from llm_jax.types import Array, Batch, PyTree
 
@@ -69,12 +70,19 @@ class Model:
         if isinstance(prompts, str):
             raise ValueError("prompts have to be a list of texts, not one string")
         sampling.setdefault("add_bos", self.config.data.add_bos)
+        sampling.setdefault("end_tokens", self.config.tokenizer.end_tokens)
         with jax.set_mesh(self.mesh):
             return generate(self.params, self.config.model, self.tokenizer, prompts, **sampling)
 
     def generate(self, prompts: Sequence[str | Sequence[int]], **sampling: Any) -> list[str]:
         """The completed texts, without their prompts; keywords as in `decode.generate.generate`."""
         return [completion.text for completion in self.complete(prompts, **sampling)]
+
+    def chat(self, messages: Sequence[dict[str, Any]], **sampling: Any) -> str:
+        """The assistant's answer to `messages` ({"role": ..., "content": ...}), in the tokenizer's
+        chat template."""
+        ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        return self.generate([ids], **sampling)[0].strip()
 
 
 @partial(jax.jit, static_argnames="cfg")
@@ -83,18 +91,50 @@ def _logits(params: PyTree, tokens: Array, cfg: configs.ModelConfig) -> Array:
     return model.logits(params, model.hidden(params, Batch(tokens=tokens), cfg).x, cfg)
 
 
-def load(path: str | Path, *, mesh: MeshConfig | None = None) -> Model:
-    """Loads a checkpoint: a run directory, its checkpoints folder, or one step folder.
+def load(
+    path: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    mesh: MeshConfig | None = None,
+    dtype: str = "float32",
+) -> Model:
+    """Loads a model: a run directory, its checkpoints folder or one step folder; a Hugging Face
+    folder; a `.gguf` file; or a llama2.c `.bin`.
 
-    Without `mesh` everything is on one device, whatever mesh it was trained on.
+    Args:
+      tokenizer: a tokenizer to use in place of the one that comes along; a llama2.c file without
+        one beside it needs it.
+      mesh: None puts everything on one device, whatever mesh it was trained on.
+      dtype: what weights of other formats are kept in.
 
     Raises:
-      FileNotFoundError: no checkpoint there.
-      ValueError: a damaged checkpoint, or one of another format.
+      FileNotFoundError: no model there, or a part of it is missing.
+      ValueError: a damaged model, one of an unknown format or architecture, or a tokenizer that
+        does not belong to it.
     """
-    config = checkpoint.load_config(path)
     devices = jax.devices()[:1] if mesh is None else None
     device_mesh = sharding.make_mesh(mesh or MeshConfig(), devices)
+    if pretrained.kind(path):
+        found = pretrained.load(path, device_mesh, tokenizer=tokenizer, dtype=dtype)
+        config = imported_config(found)
+        return Model(config, found.params, found.tokenizer, device_mesh)
+    config = checkpoint.load_config(path)
     specs = models.family(config.model.family).specs(config.model)
     params = checkpoint.load_params(path, specs, device_mesh)
-    return Model(config, params, checkpoint.load_tokenizer(path), device_mesh)
+    own = tokenizers.load(tokenizer) if tokenizer else checkpoint.load_tokenizer(path)
+    return Model(config, params, own, device_mesh)
+
+
+def imported_config(found: pretrained.Pretrained) -> TrainConfig:
+    """The frozen TrainConfig around a model that was trained elsewhere."""
+    config = TrainConfig(name=found.name, model=found.model)
+    config.length = min(config.length, found.model.max_length)
+    config.data.add_bos = found.adds_bos
+    config.tokenizer.end_tokens = found.end_tokens
+    configs.resolve_model(
+        config.model,
+        vocab_size=found.tokenizer.vocab_size,
+        length=config.length,
+        backend=jax.default_backend(),
+    )
+    return configs.freeze(config)

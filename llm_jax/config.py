@@ -193,6 +193,7 @@ class TokenizerConfig(Config):
     byte_fallback: bool = True
     unk: bool = True  # char and word: whether there is an unknown token
     train_bytes: int = 20_000_000  # at most this much text is used for training it
+    end_tokens: tuple = ()  # ids that end a generated text, besides the tokenizer's own
 
 
 @_config

@@ -152,9 +152,10 @@ def start_ids(tokenizer: Any) -> list[int]:
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, add_bos: bool = False) -> list[int]:
-    """Prompt -> ids, never empty; special tokens in it are read as such."""
+    """Prompt -> ids, never empty; special tokens in it are read as such, and a begin token that
+    stands there already is not put in front again."""
     ids = tokenizer.encode(prompt, special=True)
-    if add_bos and tokenizer.bos_id is not None:
+    if add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
         ids = [tokenizer.bos_id, *ids]
     return ids or start_ids(tokenizer)
 
@@ -169,6 +170,7 @@ def generate(
     seed: int = 0,
     stop: Sequence[str] = (),
     stop_at_end: bool = True,
+    end_tokens: Sequence[int] = (),
     add_bos: bool = False,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -179,7 +181,8 @@ def generate(
     """Completes each prompt (text, or token ids); prompts of any lengths share one batch.
 
     The same seed gives the same texts. `stop` strings end a text and are cut off, also where they
-    span several tokens; `stop_at_end` ends it at the tokenizer's end token.
+    span several tokens; `stop_at_end` ends it at the tokenizer's end token and at any of
+    `end_tokens`.
 
     Raises:
       ValueError: a number out of its range, a prompt with ids outside the vocabulary, or lengths
@@ -232,9 +235,7 @@ def generate(
         np.int32(max_new_tokens),
         jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(rows)),
         sampling,
-        np.array(
-            [tokenizer.eos_id] if stop_at_end and tokenizer.eos_id is not None else [-1], np.int32
-        ),
+        np.array(_end_ids(tokenizer, end_tokens) if stop_at_end else [-1], np.int32),
         stop_table,
         cfg=cfg,
         n_slots=n_slots,
@@ -248,6 +249,11 @@ def generate(
             text = text[: min(cuts)]
         completions.append(Completion(text, ids, log_p, "stop" if ended else "length"))
     return completions
+
+
+def _end_ids(tokenizer: Any, more: Sequence[int]) -> list[int]:
+    own = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    return list(dict.fromkeys([*own, *more])) or [-1]
 
 
 def _check_ids(encoded: list[list[int]], cfg: ModelConfig) -> None:

@@ -50,7 +50,7 @@ class Checkpoints:
         keep: CheckpointConfig = cfg.checkpoint
         self._cfg = cfg
         self._data = {**data, "tokenizer": tokenizer.fingerprint()}
-        self._tokenizer = {n: base64.b64encode(b).decode() for n, b in tokenizer.files().items()}
+        self._tokenizer = _tokenizer_files(tokenizer)
         self.directory = Path(directory).absolute()
         policies = [LatestN(n=max(keep.keep_last, 1))]
         if keep.keep_best:
@@ -282,6 +282,28 @@ def check_shapes(wanted: PyTree, saved: PyTree, where: str) -> None:
             )
 
 
+def save_params(directory: str | Path, cfg: TrainConfig, tokenizer: Any, params: PyTree) -> None:
+    """Writes a checkpoint that others can start from and nothing can resume: step 0 of `directory`
+    (a run's "checkpoints" folder), without an optimizer's state.
+
+    Raises:
+      OSError: it could not be written.
+    """
+    directory = Path(directory).absolute()
+    items = {
+        "params": ocp.args.StandardSave(params),
+        "config": ocp.args.JsonSave(configs.to_dict(cfg)),
+        "tokenizer": ocp.args.JsonSave(_tokenizer_files(tokenizer)),
+    }
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    with _Manager(directory, item_names=tuple(items), options=options) as manager:
+        manager.save(0, args=ocp.args.Composite(**items))
+
+
+def _tokenizer_files(tokenizer: Any) -> dict[str, str]:
+    return {n: base64.b64encode(b).decode() for n, b in tokenizer.files().items()}
+
+
 def load_config(path: str | Path, cls: type = TrainConfig) -> TrainConfig:
     """The frozen config a checkpoint was trained with."""
     directory, step = locate(path)
@@ -314,6 +336,8 @@ def load_params(path: str | Path, specs: PyTree, mesh: jax.sharding.Mesh | None 
 
 
 def _load_ema(folder: Path, target: PyTree) -> PyTree | None:
+    if not (folder / "training").is_dir():  # imported, or exported for others to start from
+        return None
     with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         saved = reader.metadata(folder / "training").item_metadata.tree.get("ema")
         if not saved:
