@@ -29,8 +29,8 @@ CORE = [
 
 EXTRAS = {
     "tokenizers": ["tokenizers>=0.21"],
-    "hf": ["safetensors>=0.5", "datasets>=4.0", "huggingface-hub>=1.0", "jinja2>=3.1"],
-    "gguf": ["gguf>=0.17"],
+    "hf": ["safetensors>=0.5", "datasets>=4.0", "huggingface-hub>=1.0", "jinja2>=3.1.6"],
+    "gguf": ["gguf>=0.19"],
     "data": [
         "datatrove>=0.10",
         "lxml_html_clean>=0.4",
@@ -58,8 +58,13 @@ EXTRAS = {
         "ipykernel>=6.29",
         "nbclient>=0.10",
         "nbformat>=5.10",
-        # the optional readers and writers that the suite exercises
+        # the optional readers, writers and metrics that the suite exercises
+        "gguf>=0.19",
+        "jinja2>=3.1.6",
+        "lm_eval>=0.4.12",
         "pyarrow>=20",
+        "rouge-score>=0.1.2",
+        "sacrebleu>=2.5",
         "safetensors>=0.5",
         "tensorboardX>=2.6.4",
         "tokenizers>=0.21",

@@ -1,6 +1,7 @@
-"""Completes prompts with a trained checkpoint.
+"""Completes prompts with a trained checkpoint, or with a model of another format.
 
 python -m experiments.generate --checkpoint=runs/quickstart --prompt='Return the ' --max_new_tokens=64
+python -m experiments.generate --checkpoint=model.gguf --chat --prompt='What is the capital of France?'
 """
 
 import json
@@ -11,8 +12,19 @@ from absl import flags
 from experiments import cli
 
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "run directory, its checkpoints folder, or one step folder", required=True
+    "checkpoint",
+    None,
+    "run directory, its checkpoints folder or one step folder; Hugging Face folder, .gguf file, "
+    "llama2.c .bin",
+    required=True,
 )
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "tokenizer to use in place of the one that comes along"
+)
+_CHAT = flags.DEFINE_bool(
+    "chat", False, "each prompt is a user's message in the tokenizer's chat template"
+)
+_SYSTEM = flags.DEFINE_string("system", None, "with --chat: the system message")
 _PROMPT = flags.DEFINE_multi_string(
     "prompt", [], "prompt; may be repeated; default: the start of a text"
 )
@@ -46,9 +58,20 @@ def main(argv: list[str]) -> None:
 
     import llm_jax
 
-    model = llm_jax.load(_CHECKPOINT.value)
+    model = llm_jax.load(_CHECKPOINT.value, tokenizer=_TOKENIZER.value)
+    given = prompts
+    if _SYSTEM.value and not _CHAT.value:
+        raise ValueError("--system is for --chat")
+    if _CHAT.value:
+        system = [{"role": "system", "content": _SYSTEM.value}] if _SYSTEM.value else []
+        given = [
+            model.tokenizer.apply_chat_template(
+                [*system, {"role": "user", "content": prompt}], add_generation_prompt=True
+            )
+            for prompt in prompts
+        ]
     completions = model.complete(
-        prompts,
+        given,
         max_new_tokens=_MAX_NEW_TOKENS.value,
         temperature=_TEMPERATURE.value,
         top_k=_TOP_K.value,
@@ -69,7 +92,7 @@ def main(argv: list[str]) -> None:
             }
             print(json.dumps(record))
         else:
-            print(("---\n" if i else "") + prompt + out.text)
+            print(("---\n" if i else "") + ("" if _CHAT.value else prompt) + out.text)
 
 
 if __name__ == "__main__":

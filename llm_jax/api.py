@@ -1,6 +1,6 @@
 """The object that a notebook, a server or a later verb holds: a trained model with its tokenizer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from llm_jax import models, sharding, tokenizers
 from llm_jax.config import MeshConfig, TrainConfig
 from llm_jax.decode.generate import Completion, generate
 from llm_jax.eval.likelihood import text_log_probs
-from llm_jax.interop import pretrained
+from llm_jax.interop import huggingface, pretrained
+from llm_jax.interop.model_card import model_card
+from llm_jax.tokenizers.export import huggingface_files
 from llm_jax.train import checkpoint
 from llm_jax.types import Array, Batch, PyTree
 
@@ -84,6 +86,58 @@ class Model:
         ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         return self.generate([ids], **sampling)[0].strip()
 
+    def save(self, folder: str | Path) -> None:
+        """Writes a checkpoint into a new folder, from which `load`, every binary and
+        `checkpoint.init_from` start.
+
+        Raises:
+          FileExistsError: the folder is there and not empty.
+          OSError: it cannot be written.
+        """
+        with huggingface.new_folder(folder) as new:
+            checkpoint.save_params(new / "checkpoints", self.config, self.tokenizer, self.params)
+            configs.save(self.config, new / "config.json")
+
+    def export(
+        self,
+        folder: str | Path,
+        *,
+        dtype: str = "float32",
+        shard_bytes: int = 5_000_000_000,
+        summary: Mapping[str, Any] | None = None,
+    ) -> list[str]:
+        """Writes a new Hugging Face folder: weights, config, tokenizer, generation config, model card.
+
+        Returns notes for the user, if any: a tokenizer that transformers cannot express is written
+        in our own format.
+
+        Raises:
+          FileExistsError: the folder is there and not empty.
+          ValueError: no architecture of transformers computes this model.
+        """
+        t, notes = self.tokenizer, []
+        ends = tuple(dict.fromkeys([t.eos_id, *self.config.tokenizer.end_tokens]))
+        ids = {"bos": t.bos_id, "eos": t.eos_id if len(ends) < 2 else list(ends), "pad": t.pad_id}
+        with huggingface.new_folder(folder) as new:
+            values = huggingface.save(
+                new,
+                self.config.model,
+                self.params,
+                dtype=dtype,
+                shard_bytes=shard_bytes,
+                token_ids=ids,
+            )
+            try:
+                files = huggingface_files(t, self.config.model.max_length)
+            except ValueError as e:
+                notes.append(f"{e}; the tokenizer is written in llm_jax's own format")
+                files = t.files()
+            files["README.md"] = model_card(self.config, values, t, summary or {}).encode()
+            for name, content in files.items():
+                (new / name).parent.mkdir(parents=True, exist_ok=True)
+                (new / name).write_bytes(content)
+        return notes
+
 
 @partial(jax.jit, static_argnames="cfg")
 def _logits(params: PyTree, tokens: Array, cfg: configs.ModelConfig) -> Array:
@@ -94,6 +148,7 @@ def _logits(params: PyTree, tokens: Array, cfg: configs.ModelConfig) -> Array:
 def load(
     path: str | Path,
     *,
+    source: str | None = None,
     tokenizer: str | Path | None = None,
     mesh: MeshConfig | None = None,
     dtype: str = "float32",
@@ -102,6 +157,7 @@ def load(
     folder; a `.gguf` file; or a llama2.c `.bin`.
 
     Args:
+      source: "llm_jax", "hf", "gguf" or "llama2c"; None: by its looks.
       tokenizer: a tokenizer to use in place of the one that comes along; a llama2.c file without
         one beside it needs it.
       mesh: None puts everything on one device, whatever mesh it was trained on.
@@ -114,8 +170,9 @@ def load(
     """
     devices = jax.devices()[:1] if mesh is None else None
     device_mesh = sharding.make_mesh(mesh or MeshConfig(), devices)
-    if pretrained.kind(path):
-        found = pretrained.load(path, device_mesh, tokenizer=tokenizer, dtype=dtype)
+    source = source or pretrained.kind(path)
+    if source in pretrained.FORMATS:
+        found = pretrained.load(path, device_mesh, source=source, tokenizer=tokenizer, dtype=dtype)
         config = imported_config(found)
         return Model(config, found.params, found.tokenizer, device_mesh)
     config = checkpoint.load_config(path)

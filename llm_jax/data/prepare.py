@@ -237,7 +237,9 @@ def _loaded(data: DataConfig, config: TokenizerConfig) -> tokenizers.Tokenizer |
 
 
 def _options(config: TokenizerConfig) -> dict:
-    names = [f.name for f in dataclasses.fields(config) if f.name != "path"]
+    """What training a tokenizer depends on."""
+    elsewhere = ("path", "end_tokens")
+    names = [f.name for f in dataclasses.fields(config) if f.name not in elsewhere]
     return {name: getattr(config, name) for name in names}
 
 

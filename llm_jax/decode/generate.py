@@ -244,7 +244,8 @@ def generate(
     completions = []
     for ids, log_p, n, ended in zip(tokens, log_probs, lengths, stopped, strict=True):
         ids, log_p = ids[:n].tolist(), log_p[:n].tolist()
-        text = tokenizer.decode(ids)
+        # Imported models often have more rows than tokens; such an id stands for no text.
+        text = tokenizer.decode([i for i in ids if i < tokenizer.vocab_size])
         if cuts := [at for s in stop if (at := text.find(s)) >= 0]:
             text = text[: min(cuts)]
         completions.append(Completion(text, ids, log_p, "stop" if ended else "length"))

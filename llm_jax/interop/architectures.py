@@ -66,7 +66,7 @@ def _write_gpt2(m: ModelConfig) -> dict[str, Any]:
         "n_inner": m.d_ff,
         "n_positions": m.max_length,
         "layer_norm_epsilon": m.norm_eps,
-        "activation_function": {"gelu": "gelu_new", "gelu_erf": "gelu"}.get(m.activation),
+        "activation_function": {"gelu_erf": "gelu"}.get(m.activation, "gelu_new"),
         "tie_word_embeddings": m.tied,
         "attn_pdrop": m.dropout,
         "embd_pdrop": m.dropout,

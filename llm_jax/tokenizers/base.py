@@ -8,13 +8,21 @@ import json
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+
+from llm_jax.tokenizers import chat
 
 CONFIG_FILE = "tokenizer_config.json"
 CONFIG_FORMAT = "llm_jax tokenizer 1"
 PAD, UNK, BOS, EOS = "<pad>", "<unk>", "<s>", "</s>"
 ROLES = ("pad", "unk", "bos", "eos")
+# Arguments of transformers' apply_chat_template that would otherwise go unread to the template.
+_NOT_OURS = (
+    *("padding", "truncation", "max_length", "return_tensors", "tokenizer_kwargs"),
+    "sanitize_control_tokens",
+)
 
 
 class Tokenizer(abc.ABC):
@@ -31,7 +39,11 @@ class Tokenizer(abc.ABC):
       lossless: every UTF-8 string comes back byte for byte, and then the bytes of the ids of
         `encode(text)` joined are exactly the bytes of the text.
       options: the training options that shaped it; stored, never read.
+      chat_template: the Jinja template of `apply_chat_template`, several by name, or None. May be
+        set; `files`, and so checkpoints and the fingerprint, hold it.
     """
+
+    chat_template: str | dict[str, str] | None = None
 
     def __init__(
         self,
@@ -138,6 +150,98 @@ class Tokenizer(abc.ABC):
         """Lengths of `token_bytes`, int32 [V]. Bits per byte divides by their sum."""
         return np.array([len(piece) for piece in self._bytes], np.int32)
 
+    def token_name(self, role: str) -> str | None:
+        """How the token of a role ("pad", "unk", "bos", "eos") is spelled; None without one."""
+        index = getattr(self, f"{role}_id")
+        return None if index is None else self._bytes_with_names[index].decode(errors="replace")
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        tokenize: bool = True,
+        return_dict: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        **variables: Any,
+    ) -> Any:
+        """A conversation as the model was trained to read it (`chat.render` says how).
+
+        Args:
+          messages: dicts with "role" and "content", or a list of such conversations.
+          chat_template: a template, or the name of one of the tokenizer's; None takes its own.
+          tokenize: ids, without a further `bos` or `eos`, instead of text.
+          return_dict: {"input_ids", "attention_mask"} instead of the ids alone.
+          return_assistant_tokens_mask: the dict, with "assistant_masks": 1 for each token with a
+            part in a `{% generation %}` block of the template.
+          variables: for the template; they win over `bos_token` and its like.
+
+        Returns:
+          The text, the ids or the dict; a list of texts or ids, or a dict of lists, for a list of
+          conversations.
+
+        Raises ValueError without a template, and for whatever the template refuses.
+        """
+        if unsupported := sorted(set(variables) & set(_NOT_OURS)):
+            raise ValueError(f"apply_chat_template does not take {', '.join(unsupported)} here")
+        template = chat.choose(self.chat_template, chat_template, has_tools=tools is not None)
+        if return_assistant_tokens_mask and not chat.marks_assistant(template):
+            raise ValueError(
+                "the chat template has no {% generation %} block, so it does not say which tokens "
+                "are the assistant's; give chat_template= with one"
+            )
+        batched = bool(messages) and isinstance(messages[0], list | tuple)
+        names = {f"{role}_token": self.token_name(role) for role in ROLES}
+        variables = {**{key: name for key, name in names.items() if name is not None}, **variables}
+        rendered = [
+            chat.render(
+                template,
+                conversation,
+                tools=tools,
+                documents=documents,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **variables,
+            )
+            for conversation in (messages if batched else [messages])
+        ]
+        texts = [text for text, _ in rendered]
+        if not tokenize:
+            return texts if batched else texts[0]
+        ids = [row.tolist() for row in self.encode_batch(texts, special=True)]
+        if not (return_dict or return_assistant_tokens_mask):
+            return ids if batched else ids[0]
+        result = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
+        if return_assistant_tokens_mask:
+            result["assistant_masks"] = [
+                self._tokens_within(text, row, spans)
+                for (text, spans), row in zip(rendered, ids, strict=True)
+            ]
+        return result if batched else {key: rows[0] for key, rows in result.items()}
+
+    def _tokens_within(
+        self, text: str, ids: Sequence[int], spans: Sequence[tuple[int, int]]
+    ) -> list[int]:
+        """For each id 1 if one of its bytes lies in one of the spans of characters, else 0."""
+        pieces = [self._bytes_with_names[i] for i in ids]
+        content, written = text.encode(), b"".join(pieces)
+        shift = int(self.strips_leading_space and written[:1] == b" ")
+        if written[shift:] != content:
+            raise ValueError(
+                "this tokenizer changes the text, so its tokens cannot be matched with characters"
+            )
+        inside = np.zeros(len(written) + 1, np.int64)
+        for start, end in spans:
+            before = len(text[:start].encode()) + shift
+            inside[before : before + len(text[start:end].encode())] = 1
+        total = np.concatenate([[0], np.cumsum(inside)])
+        ends = np.cumsum([len(piece) for piece in pieces])
+        starts = ends - [len(piece) for piece in pieces]
+        return (total[ends] > total[starts]).astype(int).tolist()
+
     def files(self) -> dict[str, bytes]:
         """File name -> content: all that `from_files` needs. A checkpoint embeds this."""
         config = {
@@ -150,13 +254,15 @@ class Tokenizer(abc.ABC):
             "options": self.options,
         }
         content = json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-        return {CONFIG_FILE: content.encode(), **self._model_files()}
+        templates = chat.to_files(self.chat_template)
+        return {CONFIG_FILE: content.encode(), **self._model_files(), **templates}
 
     def save(self, directory: str | pathlib.Path) -> None:
         """Writes `files()` into `directory`, which is made if absent."""
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in self.files().items():
+            (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(content)
 
     def fingerprint(self) -> str:

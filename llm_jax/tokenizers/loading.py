@@ -3,8 +3,9 @@
 import json
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
-from llm_jax.tokenizers import simple
+from llm_jax.tokenizers import chat, export, sentencepiece_model, simple
 from llm_jax.tokenizers.base import CONFIG_FILE, CONFIG_FORMAT, ROLES, Tokenizer
 from llm_jax.tokenizers.subword import (
     JSON_FILE,
@@ -22,6 +23,7 @@ _KNOWN_ROLES = {
     "bos": ("<s>", "<bos>", "[CLS]", "<|begin_of_text|>", "<|bos|>", "<|endoftext|>"),
     "eos": ("</s>", "<eos>", "[SEP]", "<|end_of_text|>", "<|eos|>", "<|endoftext|>"),
 }
+_OWN_FILES = (CONFIG_FILE, MODEL_FILE, JSON_FILE, simple.VOCABULARY_FILE)
 _FOREIGN = "tokenizer.json, *.model, encoder.json + vocab.bpe, vocab.json + merges.txt, vocab.txt"
 
 
@@ -43,8 +45,9 @@ def load(path: str | pathlib.Path) -> Tokenizer:
         if path.is_file():
             return _load_file(path)
         names = {entry.name for entry in path.iterdir() if entry.is_file()}
-        if CONFIG_FILE in names and _is_ours((path / CONFIG_FILE).read_bytes()):
-            return from_files({name: (path / name).read_bytes() for name in sorted(names)})
+        own = {n: (path / n).read_bytes() for n in sorted(names & set(_OWN_FILES))}
+        if _own_config(own) is not None:
+            return from_files({**own, **_template_files(path)})
         for name in (JSON_FILE, MODEL_FILE, "encoder.json", "vocab.json", "vocab.txt"):
             if name in names:
                 return _load_file(path / name)
@@ -63,13 +66,13 @@ def from_files(files: Mapping[str, bytes]) -> Tokenizer:
 
     Raises ValueError if a file is missing or not what its name says.
     """
-    if not _is_ours(files.get(CONFIG_FILE, b"")):
+    config = _own_config(files)
+    if config is None:
         raise ValueError(f"{CONFIG_FILE} is missing or is not one that llm_jax wrote")
-    config = json.loads(files[CONFIG_FILE])
     kind = config["kind"]
     try:
         if kind.startswith("sentencepiece"):
-            tokenizer = SentencePiece(files[MODEL_FILE], config["options"])
+            tokenizer = SentencePiece(files[MODEL_FILE], config["options"], config["roles"])
         elif kind.startswith("hf"):
             tokenizer = HuggingFace(files[JSON_FILE], config["roles"], config["options"])
         else:
@@ -81,6 +84,7 @@ def from_files(files: Mapping[str, bytes]) -> Tokenizer:
             f"{CONFIG_FILE} says {config['vocab_size']} tokens, the files beside it have "
             f"{tokenizer.vocab_size}; they do not belong together"
         )
+    tokenizer.chat_template = chat.from_files(files)
     return tokenizer
 
 
@@ -111,14 +115,19 @@ def from_huggingface(
     if absent:
         raise ValueError(f"special tokens {absent} are not in the vocabulary of tokenizer.json")
     roles = {role: vocabulary.get(name) for role, name in role_names.items()}
-    return HuggingFace(content, roles, {"imported": True})
+    first = _first_token(config.get("post_processor"))
+    adds = {"add_bos_token": True} if first and first == role_names.get("bos") else {}
+    return HuggingFace(content, roles, {"imported": True, **adds})
 
 
 def _load_file(path: pathlib.Path) -> Tokenizer:
     if path.suffix == ".model":
-        return SentencePiece(path.read_bytes(), {"imported": True})
+        return _load_sentencepiece(path)
     if path.name == JSON_FILE:
-        return from_huggingface(path.read_bytes(), _role_names(path.parent))
+        tokenizer = from_huggingface(path.read_bytes(), _role_names(path.parent))
+        tokenizer.options |= _adds_bos(path.parent)
+        tokenizer.chat_template = chat.from_files(_template_files(path.parent))
+        return tokenizer
     if path.name in ("encoder.json", "vocab.bpe"):
         return _load_gpt2(path.parent / "encoder.json", path.parent / "vocab.bpe")
     if path.name in ("vocab.json", "merges.txt"):
@@ -145,6 +154,94 @@ def _role_names(folder: pathlib.Path) -> dict[str, str | None] | None:
             if token is not None:
                 found[role] = token
     return found or None
+
+
+def _adds_bos(folder: pathlib.Path) -> dict[str, bool]:
+    """{"add_bos_token": whether a text begins with the begin token}, if the folder says so."""
+    path = folder / CONFIG_FILE
+    says = json.loads(path.read_bytes()).get("add_bos_token") if path.is_file() else None
+    return {"add_bos_token": says} if isinstance(says, bool) else {}
+
+
+def _first_token(processor: Mapping | None) -> str | None:
+    """The special token that a `tokenizer.json` puts in front of a text."""
+    if not processor:
+        return None
+    if processor["type"] == "Sequence":
+        found = (_first_token(inner) for inner in processor["processors"])
+        return next((token for token in found if token), None)
+    single = processor.get("single") or [{}]
+    return single[0].get("SpecialToken", {}).get("id")
+
+
+def _template_files(folder: pathlib.Path) -> dict[str, bytes]:
+    """The files of a folder that may hold chat templates."""
+    paths = [folder / name for name in (chat.TEMPLATE_FILE, "chat_template.json", CONFIG_FILE)]
+    paths += sorted((folder / chat.TEMPLATE_FOLDER).glob("*.jinja"))
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if path.is_file()
+    }
+
+
+def _load_sentencepiece(path: pathlib.Path) -> SentencePiece:
+    """A sentencepiece model with what Hugging Face's files beside it add: tokens, roles, template.
+
+    Their special tokens become control pieces, their other added tokens user-defined pieces.
+    """
+    model, folder = path.read_bytes(), path.parent
+    own = SentencePiece(model, {"imported": True})
+    names, added = _role_names(folder) or {}, _added_tokens(folder)
+    pieces = _with_added(sentencepiece_model.pieces(model), names, added) if names or added else []
+    ids = {piece.text: index for index, piece in enumerate(pieces)}
+    roles = {role: ids.get(names.get(role), getattr(own, f"{role}_id")) for role in ROLES}
+    if pieces and pieces != sentencepiece_model.pieces(model):
+        model = sentencepiece_model.replace(model, pieces)
+    # A model of its own says nothing about it; the classes that read one begin texts with <s>.
+    adds = _adds_bos(folder) or {"add_bos_token": True}
+    tokenizer = SentencePiece(model, {"imported": True, **(adds if names else {})}, roles)
+    tokenizer.chat_template = chat.from_files(_template_files(folder))
+    return tokenizer
+
+
+def _added_tokens(folder: pathlib.Path) -> dict[int, tuple[str, bool]]:
+    """Id -> (name, special) of the tokens that Hugging Face's files add to a vocabulary."""
+    added = {}
+    if (folder / "added_tokens.json").is_file():
+        names = json.loads((folder / "added_tokens.json").read_bytes())
+        added = {index: (name, True) for name, index in names.items()}
+    if (folder / CONFIG_FILE).is_file():
+        config = json.loads((folder / CONFIG_FILE).read_bytes())
+        for index, token in config.get("added_tokens_decoder", {}).items():
+            added[int(index)] = (token["content"], bool(token.get("special", True)))
+    return added
+
+
+def _with_added(
+    pieces: list[sentencepiece_model.Piece],
+    names: Mapping[str, str | None],
+    added: Mapping[int, tuple[str, bool]],
+) -> list[sentencepiece_model.Piece]:
+    for index, (name, special) in sorted(added.items()):
+        if index > len(pieces):
+            raise ValueError(f"added token {name!r} has id {index}, but {len(pieces)} comes next")
+        if index == len(pieces):
+            pieces.append(sentencepiece_model.Piece(name, 0.0, sentencepiece_model.NORMAL))
+        if pieces[index].text != name:
+            raise ValueError(
+                f"added token {name!r} has id {index}, which is {pieces[index].text!r} in the model"
+            )
+        if pieces[index].type != sentencepiece_model.UNKNOWN:
+            kind = sentencepiece_model.CONTROL if special else sentencepiece_model.USER_DEFINED
+            pieces[index] = pieces[index]._replace(type=kind)
+    absent = sorted({name for name in names.values() if name} - {piece.text for piece in pieces})
+    if absent:
+        raise ValueError(f"special tokens {absent} are not in the vocabulary of the model")
+    return [
+        piece._replace(type=sentencepiece_model.CONTROL)
+        if piece.text in names.values() and piece.type != sentencepiece_model.UNKNOWN
+        else piece
+        for piece in pieces
+    ]
 
 
 def _load_gpt2(vocabulary: pathlib.Path, merges: pathlib.Path) -> HuggingFace:
@@ -178,9 +275,12 @@ def _load_bert(path: pathlib.Path) -> HuggingFace:
     return from_huggingface(library.to_str().encode())
 
 
-def _is_ours(content: bytes) -> bool:
+def _own_config(files: Mapping[str, bytes]) -> dict[str, Any] | None:
+    """Our settings, in a folder of ours or in one that we wrote for Hugging Face."""
     try:
-        config = json.loads(content)
+        config = json.loads(files.get(CONFIG_FILE, b""))
     except ValueError:
-        return False
-    return isinstance(config, dict) and config.get("format") == CONFIG_FORMAT
+        return None
+    if isinstance(config, dict) and config.get("format") == CONFIG_FORMAT:
+        return config
+    return export.own_config(files)

@@ -6,17 +6,21 @@ and reads off what each id stands for.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
+from llm_jax.tokenizers import sentencepiece_model
 from llm_jax.tokenizers.base import Tokenizer
 from llm_jax.tokenizers.bpe_reference import byte_characters
 
 MODEL_FILE = "tokenizer.model"
 JSON_FILE = "tokenizer.json"
 SPACE = "\u2581"  # sentencepiece writes a space as this character
-_SENTENCEPIECE_KINDS = {1: "sentencepiece_unigram", 2: "sentencepiece_bpe"}
+_SENTENCEPIECE_KINDS = {
+    sentencepiece_model.UNIGRAM: "sentencepiece_unigram",
+    sentencepiece_model.BPE: "sentencepiece_bpe",
+}
 _HUGGINGFACE_KINDS = {"BPE": "hf_bpe", "WordPiece": "hf_wordpiece", "Unigram": "hf_unigram"}
 
 
@@ -29,11 +33,16 @@ class SentencePiece(Tokenizer):
     its byte pieces, which makes the model lossless. Other models are left as they are.
     """
 
-    def __init__(self, model: bytes, options: Mapping[str, object] | None = None):
+    def __init__(
+        self,
+        model: bytes,
+        options: Mapping[str, object] | None = None,
+        roles: Mapping[str, int | None] | None = None,  # instead of the model's own
+    ):
         import sentencepiece
 
         self._model = model
-        spec = _read_model(model)
+        spec = sentencepiece_model.read(model)
         if spec["type"] not in _SENTENCEPIECE_KINDS:
             raise ValueError("sentencepiece models of type word and char are not supported")
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -53,17 +62,19 @@ class SentencePiece(Tokenizer):
             for i, piece in enumerate(pieces)
         ]
         byte_ids = {token_bytes[i]: i for i in ids if is_byte[i]}
-        role_ids = {
-            "pad": self._processor.pad_id(),
-            "unk": self._processor.unk_id(),
-            "bos": self._processor.bos_id(),
-            "eos": self._processor.eos_id(),
-        }
+        if roles is None:
+            own = {
+                "pad": self._processor.pad_id(),
+                "unk": self._processor.unk_id(),
+                "bos": self._processor.bos_id(),
+                "eos": self._processor.eos_id(),
+            }
+            roles = {name: i if i >= 0 else None for name, i in own.items()}
         super().__init__(
             kind=_SENTENCEPIECE_KINDS[spec["type"]],
             token_bytes=token_bytes,
             special_tokens={pieces[i]: i for i in ids if named[i]},
-            roles={name: i if i >= 0 else None for name, i in role_ids.items()},
+            roles=roles,
             lossless=len(byte_ids) == 256 and not (spec["changes_text"] or spec["dummy_prefix"]),
             options=options or {},
             strips_leading_space=spec["dummy_prefix"],
@@ -94,8 +105,7 @@ class SentencePiece(Tokenizer):
         if self._no_prefix_processor is None:
             import sentencepiece
 
-            # Protocol buffers merge a repeated message: this sets add_dummy_prefix to false.
-            model = self._model + bytes([0x1A, 2, 0x18, 0])
+            model = sentencepiece_model.without_prefix(self._model)
             self._no_prefix_processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         return self._run(self._no_prefix_processor, texts)
 
@@ -286,48 +296,3 @@ def _flatten(step: Mapping | None, key: str) -> list[Mapping]:
     if step["type"] == "Sequence":
         return [inner for part in step[key] for inner in _flatten(part, key)]
     return [step]
-
-
-def _read_model(model: bytes) -> dict:
-    """What a serialised sentencepiece model says about itself (sentencepiece_model.proto).
-
-    Read by hand: the library does not tell, and its generated classes need protobuf.
-    """
-    try:
-        top = dict(_fields(model))
-        trainer, normalizer = dict(_fields(top[2])), dict(_fields(top.get(3, b"")))
-    except (KeyError, IndexError, TypeError):
-        raise ValueError("this is not a sentencepiece model (or only a part of one)") from None
-    return {
-        "type": trainer.get(3, 1),
-        "dummy_prefix": bool(normalizer.get(3, 1)),
-        # A character map, removed white space, or white space that is not escaped.
-        "changes_text": bool(normalizer.get(2) or normalizer.get(4, 1) or not normalizer.get(5, 1)),
-    }
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) pairs of a protocol buffer message."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
-    while at < len(message):
-        number, wire_type = divmod(varint(), 8)
-        if wire_type == 0:
-            yield number, varint()
-            continue
-        size = {1: 8, 5: 4}[wire_type] if wire_type != 2 else varint()
-        if at + size > len(message):
-            raise IndexError("truncated message")
-        yield number, message[at : at + size]
-        at += size

@@ -1,6 +1,5 @@
 """Weights of Hugging Face's architectures: the numbers that transformers computes, in and out."""
 
-import json
 from functools import partial
 
 import jax
@@ -12,7 +11,7 @@ from llm_jax import config as configs
 from llm_jax import sharding
 from llm_jax.config import MeshConfig
 from llm_jax.interop import huggingface, safetensors
-from llm_jax.interop.translate import read_config, write_config
+from llm_jax.interop.translate import write_config
 from llm_jax.models import decoder
 from llm_jax.nn.params import flatten
 from llm_jax.types import Batch
@@ -109,7 +108,7 @@ def test_sharded_import_equals_a_whole_one(name, tmp_path):
     folder = hf_tiny.write(tmp_path, golden, shards=2, dtype="bfloat16")
     _, whole = read(folder)
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2), jax.devices()[:2])
-    cfg, cut = read(folder, mesh)
+    _, cut = read(folder, mesh)
     whole, n_cut = flatten(whole), 0
     for path, leaf in flatten(cut).items():
         n_cut += leaf.addressable_shards[0].data.shape != leaf.shape

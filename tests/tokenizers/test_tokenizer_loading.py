@@ -184,3 +184,43 @@ def test_incomplete_or_mixed_files_are_an_error(trained, prose):
     other = tokenizers.train("sentencepiece_bpe", [prose], vocab_size=900).files()
     with pytest.raises(ValueError, match="do not belong together"):
         tokenizers.from_files({**files, "tokenizer.model": other["tokenizer.model"]})
+
+
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": False,
+}
+IN_FRONT = {
+    "type": "TemplateProcessing",
+    "single": [
+        {"SpecialToken": {"id": "<s>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ],
+    "pair": [],
+    "special_tokens": {"<s>": {"id": "<s>", "ids": [2], "tokens": ["<s>"]}},
+}
+
+
+@pytest.mark.parametrize(
+    ("processor", "says", "adds"),
+    [
+        (None, None, False),
+        (None, True, True),
+        (BYTE_LEVEL, None, False),
+        (IN_FRONT, None, True),
+        (IN_FRONT, False, False),  # the config has the last word
+        ({"type": "Sequence", "processors": [BYTE_LEVEL, IN_FRONT]}, None, True),
+    ],
+)
+def test_whether_texts_begin_with_the_begin_token(tmp_path, processor, says, adds):
+    """Llama 3 says so in the post-processor of tokenizer.json, Llama 2 in tokenizer_config.json."""
+    own = tokenizers.train("hf_bpe", ["some text to learn from " * 20], vocab_size=270)
+    library = json.loads(own.files()["tokenizer.json"]) | {"post_processor": processor}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(library))
+    config = {"bos_token": "<s>"} | ({} if says is None else {"add_bos_token": says})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = tokenizers.load(tmp_path)
+    assert bool(loaded.options.get("add_bos_token")) == adds
+    assert loaded.encode("some text") == own.encode("some text")  # encode itself never adds one

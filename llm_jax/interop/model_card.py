@@ -1,0 +1,62 @@
+"""The README.md that goes with exported weights."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from llm_jax import models
+from llm_jax.config import TrainConfig
+from llm_jax.nn.params import count
+
+
+def model_card(
+    cfg: TrainConfig, values: Mapping[str, Any], tokenizer: Any, summary: Mapping[str, Any]
+) -> str:
+    """Markdown with the front matter that model hubs read.
+
+    `values` are those of config.json, `summary` those of the run's summary.json (or empty).
+    """
+    m = cfg.model
+    name = cfg.name or values["model_type"]
+    n = count(models.family(m.family).specs(m))
+    rows = {
+        "Architecture": f"{values['architectures'][0]} ({values['model_type']})",
+        "Parameters": f"{n:,}",
+        "Layers, width, heads (key heads)": f"{m.n_layers}, {m.d_model}, {m.n_heads} ({m.kv_heads})",
+        "Context": f"{m.max_length:,} tokens",
+        "Vocabulary": f"{m.vocab_size:,} tokens ({tokenizer.kind})",
+        "Type of the weights": values["torch_dtype"],
+    }
+    trained = {
+        "Training data": ", ".join(cfg.data.inputs) if summary else "",
+        "Training tokens": f"{summary['tokens']:,}" if "tokens" in summary else "",
+        "Bits per byte (held-out text)": _number(summary.get("bits_per_byte")),
+        "Loss (held-out text, nats a token)": _number(summary.get("eval_loss")),
+    }
+    table = "\n".join(f"| {k} | {v} |" for k, v in {**rows, **trained}.items() if v)
+    template = "\nIt has a chat template.\n" if tokenizer.chat_template else ""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- llm_jax
+---
+
+# {name}
+
+Exported from llm_jax.
+
+| | |
+|---|---|
+{table}
+{template}
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+"""
+
+
+def _number(x: float | None) -> str:
+    return "" if x is None else f"{x:.4f}"
