@@ -170,3 +170,9 @@ def test_a_long_run_is_flat_or_named():
     assert growth_worker.missed(faster) == []
     with pytest.raises(RuntimeError, match="last half of 100 steps"):
         growth_worker.summarise(100, [(1.0, 3, 5.0)], [])
+
+
+@pytest.mark.slow
+def test_contamination(tmp_path):
+    found = toy("contamination", tmp_path)
+    assert [p["copies"] for p in found["power"]] == [1, 3, 10, 30] and len(found["rows"]) == 7

@@ -2,17 +2,16 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax import models
 from llm_jax.config import ModelConfig
 from llm_jax.decode.generate import start_ids
-from llm_jax.types import Array, Batch, Mean, PyTree
+from llm_jax.eval.scoring import Progress, rolling, score_continuations, score_rows
+from llm_jax.types import Batch, Mean, PyTree
 
 
 def evaluate(
@@ -46,11 +45,6 @@ def evaluate(
     return out
 
 
-@partial(jax.jit, static_argnames="cfg")
-def _target_log_probs(params: PyTree, batch: Batch, cfg: ModelConfig) -> Array:
-    return models.family(cfg.family).scores(params, batch, cfg, want=("log_probs",)).log_probs
-
-
 def text_log_probs(
     params: PyTree, cfg: ModelConfig, tokenizer: Any, texts: Sequence[str], *, batch_size: int = 8
 ) -> list[np.ndarray]:
@@ -58,26 +52,60 @@ def text_log_probs(
 
     The first token is conditioned on the token that starts a text (`generate.start_ids`).
     """
-    start = start_ids(tokenizer)
-    rows = [np.array(start + tokenizer.encode(text), np.int32) for text in texts]
-    out: list[np.ndarray | None] = [None] * len(rows)
-    order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
-    for at in range(0, len(order), batch_size):
-        group = order[at : at + batch_size]
-        longest = max(len(rows[n]) for n in group) - 1
-        L = max(-(-longest // 64) * 64, 64)
-        tokens, targets = np.zeros((2, batch_size, L), np.int32)
-        segments = np.zeros((batch_size, L), np.int32)
-        for row, n in enumerate(group):
-            m = len(rows[n]) - 1
-            tokens[row, :m], targets[row, :m], segments[row, :m] = rows[n][:-1], rows[n][1:], 1
-        positions = np.broadcast_to(np.arange(L, dtype=np.int32), (batch_size, L))
-        if cfg.positions == "learned" and longest > cfg.max_length:
-            raise ValueError(
-                f"a text of {longest} tokens does not fit the model's {cfg.max_length} positions"
-            )
-        batch = Batch(tokens=tokens, targets=targets, segments=segments, positions=positions)
-        log_probs = np.asarray(_target_log_probs(params, batch, cfg))
-        for row, n in enumerate(group):
-            out[n] = log_probs[row, : len(rows[n]) - 1]
-    return out
+    rows = [tokenizer.encode(text) for text in texts]
+    return score_rows(params, cfg, rows, batch_size=batch_size, start=start_ids(tokenizer))
+
+
+def perplexity(
+    params: PyTree,
+    cfg: ModelConfig,
+    tokenizer: Any,
+    texts: Iterable[str],
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Perplexity of whole texts, each token scored once (`scoring.rolling`).
+
+    A text starts from the token that starts a text (`generate.start_ids`), and what looks like a
+    special token in it is plain text. `window` (default: `cfg.max_length`) and `stride` (default:
+    the window) are in the result, since they change the number. Standard errors are those of a
+    ratio of sums over windows, whose tokens are not independent of one another.
+
+    Returns:
+      n (texts), tokens, words (between white space), bytes; nats_per_token, perplexity (a token's),
+      word_perplexity, byte_perplexity and bits_per_byte, with their NAME_stderr; window, stride.
+
+    Raises:
+      ValueError: no token to score, or stride outside 1 .. window.
+    """
+    window = window or cfg.max_length
+    stride = stride or window
+    (prefix,) = start_ids(tokenizer)
+    n = words = n_bytes = 0
+    pairs = []
+    for text in texts:
+        n, words, n_bytes = n + 1, words + len(text.split()), n_bytes + len(text.encode())
+        pairs += rolling(tokenizer.encode(text), window=window, stride=stride, prefix=prefix)
+    if not pairs:
+        raise ValueError("the texts have no token to score; see --input")
+    scores = score_continuations(
+        params, cfg, pairs, batch_size=batch_size, window=window, progress=progress
+    )
+    nats = -np.array([score.log_prob for score in scores])
+    counts = np.array([score.n_tokens for score in scores])
+    tokens, loss = int(counts.sum()), float(nats.sum() / counts.sum())
+    k = len(scores)
+    # Of the total: a window is off by what it has more or less than the mean of its tokens.
+    error = math.sqrt(k / (k - 1) * np.sum((nats - loss * counts) ** 2)) if k > 1 else math.nan
+    total, result = float(nats.sum()), {"n": n, "tokens": tokens, "words": words, "bytes": n_bytes}
+    result |= {"nats_per_token": total / tokens, "nats_per_token_stderr": error / tokens}
+    for name, units in [("", tokens), ("word_", words), ("byte_", n_bytes)]:
+        value = math.exp(min(total / units, 700.0)) if units else math.nan
+        result[f"{name}perplexity"] = value
+        result[f"{name}perplexity_stderr"] = value * error / units if units else math.nan
+    result["bits_per_byte"] = total / n_bytes / math.log(2)
+    result["bits_per_byte_stderr"] = error / n_bytes / math.log(2)
+    return result | {"window": window, "stride": stride}

@@ -28,6 +28,7 @@ from llm_jax.data import loader as data_loader
 from llm_jax.data.prepare import Corpus, prepare_corpus, prepare_in
 from llm_jax.decode.generate import generate
 from llm_jax.eval import likelihood
+from llm_jax.eval import run as tasks
 from llm_jax.nn.params import count, flatten
 from llm_jax.train import checkpoint, distributed, environment, summary
 from llm_jax.train.checkpoint import Checkpoints
@@ -194,6 +195,7 @@ class _Run:
         self.tokens_per_step = cfg.batch_size * cfg.length
         self.flops_per_token = train_flops_per_token(program.specs, cfg.model, cfg.length)
         self.samples: list[dict] = []
+        self.asked = self._questions() if jax.process_count() == 1 else None
         distributed.check_equal(
             {
                 "config": configs.to_dict(cfg),
@@ -201,6 +203,17 @@ class _Run:
                 "number of evaluation batches": len(self.eval_batches or ()),
             }
         )
+
+    def _questions(self) -> tasks.Asked | None:
+        """Those of `eval.tasks`, read before the first step."""
+        wanted, add_bos = self.cfg.eval, self.cfg.data.add_bos
+        options = tasks.Options(
+            input=wanted.task_input,
+            limit=wanted.task_limit,
+            num_fewshot=wanted.task_shots,
+            add_bos=add_bos,
+        )
+        return tasks.ask(self.corpus.tokenizer, wanted.tasks, options) if wanted.tasks else None
 
     def describe(self) -> dict[str, Any]:
         """What would run, printed; nothing is compiled."""
@@ -264,6 +277,8 @@ class _Run:
         self.last: dict[str, Any] = {}
         if several and self.eval_batches is not None and cfg.eval.sample_tokens:
             self._say("note: several processes draw no samples; experiments.generate does it after")
+        if several and cfg.eval.tasks:
+            self._say("note: several processes score no tasks; experiments.evaluate does it after")
         stop = distributed.StopSignals()
         pending = None
         saved = start if start else None
@@ -431,7 +446,12 @@ class _Run:
                 watch.mark("evaluation batch", i)
                 yield put(batch, self.program.mesh)
 
-        return likelihood.evaluate(self.program.evaluate, params, batches())
+        found = likelihood.evaluate(self.program.evaluate, params, batches())
+        if self.asked:
+            watch.mark("tasks after step", int(state.step))
+            tokenizer = self.corpus.tokenizer
+            found |= tasks.values(tasks.score(params, self.cfg.model, tokenizer, self.asked))
+        return found
 
     def _sample(self, state: TrainState, step: int) -> None:
         cfg = self.cfg.eval

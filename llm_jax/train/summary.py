@@ -78,6 +78,7 @@ def write(
         "bits_per_byte": evaluated.get("bits_per_byte"),
         "perplexity": evaluated.get("perplexity"),
         "eval_tokens": evaluated.get("eval_tokens"),
+        **{name: value for name, value in evaluated.items() if "/" in name},  # eval.tasks
         "tokens_per_second": statistics.median(rates),
         "mfu": statistics.median(metrics["mfu"][2:] or metrics["mfu"]),
         "wall_seconds": wall_seconds,

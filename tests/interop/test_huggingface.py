@@ -1,11 +1,13 @@
 """Weights of Hugging Face's architectures: the numbers that transformers computes, in and out."""
 
+import json
 from functools import partial
 
 import jax
 import numpy as np
 import pytest
 from interop import hf_tiny
+from safetensors.numpy import save_file
 
 from llm_jax import config as configs
 from llm_jax import sharding
@@ -114,3 +116,21 @@ def test_sharded_import_equals_a_whole_one(name, tmp_path):
         n_cut += leaf.addressable_shards[0].data.shape != leaf.shape
         assert np.array_equal(np.asarray(leaf), np.asarray(whole[path])), path
     assert n_cut > 3
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_text_model_of_gemma_3_that_also_sees(prefix, tmp_path):
+    golden = hf_tiny.load("gemma3_text-4b_linear")
+    config = {"model_type": "gemma3", "text_config": golden.config, "vision_config": {}}
+    tensors = {n.replace("model.", prefix, 1): x for n, x in hf_tiny.weights(golden).items()}
+    tensors["vision_tower.vision_model.embeddings.patch_embedding.bias"] = np.ones(3, np.float32)
+    tensors["multi_modal_projector.mm_soft_emb_norm.weight"] = np.ones(3, np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    cfg, params = read(tmp_path)
+    logits, _ = run(params, Batch(tokens=golden.prompts[0][None]), None, cfg)
+    assert worst(logits[0], golden.logits[0]) < TOLERANCE
+    tensors["something_else.weight"] = np.ones(3, np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"'something_else\.weight'"):
+        read(tmp_path)
