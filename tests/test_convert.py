@@ -112,7 +112,7 @@ def test_a_missing_tokenizer(folder, tmp_path):
     bad = damaged(folder, tmp_path / "bad")
     for file in bad.glob("*token*"):
         file.unlink()
-    with pytest.raises(FileNotFoundError, match="tokenizer .*bad: none of"):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer .*bad: none of"):
         llm_jax.load(bad)
 
 

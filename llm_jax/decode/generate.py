@@ -18,11 +18,19 @@ from llm_jax.decode.sampling import Sampling, choose, make_sampling
 from llm_jax.nn.cached import queue
 from llm_jax.types import Array, Batch, PyTree
 
-# Prompt and output lengths are rounded up to these steps, so that few shapes are compiled.
-PROMPT_STEP, OUTPUT_STEP = 32, 32
+OUTPUT_STEP = 32  # output lengths are rounded up to it, so that few shapes are compiled
 # Deeper models keep the scan over layers: a loop takes compile time in proportion to its length,
 # about half a second a layer on a CPU, and a second copy of the weights.
 LOOPED_LAYERS = 32
+
+
+def bucket(n: int) -> int:
+    """The padded length of a row of n tokens: 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, ...
+
+    Few lengths, so that few shapes are compiled; at most half of a row is padding, of long ones a third.
+    """
+    step = max(32, 1 << max((n - 1).bit_length() - 2, 0))
+    return -(-max(n, 1) // step) * step
 
 
 @dataclass(frozen=True)
@@ -212,7 +220,7 @@ def generate(
             f"a prompt of {longest} tokens and --max_new_tokens={max_new_tokens} do not fit the model's "
             f"{cfg.max_length} learned positions; shorten one"
         )
-    P = -(-longest // PROMPT_STEP) * PROMPT_STEP
+    P = bucket(longest)
     n_slots = -(-max_new_tokens // OUTPUT_STEP) * OUTPUT_STEP
     B = len(encoded)
     mesh = sharding.ambient_mesh()

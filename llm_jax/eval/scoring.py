@@ -15,7 +15,7 @@ import numpy as np
 
 from llm_jax import models, sharding
 from llm_jax.config import ModelConfig
-from llm_jax.decode.generate import start_ids
+from llm_jax.decode.generate import bucket, start_ids
 from llm_jax.types import Array, Batch, PyTree
 
 Ids = Sequence[int]
@@ -28,12 +28,6 @@ class Score(NamedTuple):
     log_prob: float  # nats, summed over its tokens
     greedy: bool  # each token is the most probable one at its place
     n_tokens: int
-
-
-def bucket(n: int) -> int:
-    """The padded length of a row of n tokens: 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, ..."""
-    step = max(32, 1 << max((n - 1).bit_length() - 2, 0))
-    return -(-max(n, 1) // step) * step
 
 
 def score_rows(
