@@ -24,6 +24,12 @@ _INPUT = flags.DEFINE_list(
 _EVAL_INPUT = flags.DEFINE_list(
     "eval_input", [], "held-out text; default: the last 10 % of the input"
 )
+_INIT_FROM = flags.DEFINE_string(
+    "init_from",
+    None,
+    "go on from this model, with its architecture and tokenizer: a run, a Hugging Face folder, a "
+    ".gguf file",
+)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "prepare the data, print what would run, and stop")
 _JOB = cli.define_distributed()
 _PROFILE = flags.DEFINE_integer(
@@ -41,6 +47,11 @@ def main(argv: list[str]) -> None:
         cfg.data.inputs, cfg.data.sources = tuple(_INPUT.value), ()
     if _EVAL_INPUT.value:
         cfg.data.eval_inputs = tuple(_EVAL_INPUT.value)
+
+    if _INIT_FROM.value:
+        from llm_jax.train import base_model
+
+        base_model.adopt(cfg, _INIT_FROM.value)
 
     if _PROFILE.value:
         cfg.log.profile_start = cfg.log.profile_start or 10

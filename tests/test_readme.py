@@ -66,3 +66,17 @@ def test_files_and_verbs_exist():
             ["make", "-n", target], cwd=ROOT, capture_output=True, text=True, env=os.environ
         )
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "path", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_flags_in_the_documentation_exist(path):
+    """Of every command that is shown, also those that are too long to run here."""
+    text = re.sub(r"\\\n\s*", " ", (ROOT / path).read_text())
+    shared = (ROOT / "experiments" / "cli.py").read_text()
+    for kind, name, rest in re.findall(r"python -m (experiments|benchmarks)\.(\w+)([^\n`]*)", text):
+        source = (ROOT / kind / f"{name}.py").read_text() + shared
+        for flag in re.findall(r"(?<!\S)--(?:no)?(\w+)", rest):
+            if flag != "config":
+                assert f'"{flag}"' in source, f"{path}: {kind}.{name} has no --{flag}"

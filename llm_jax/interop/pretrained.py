@@ -9,6 +9,7 @@ import jax
 from llm_jax import tokenizers
 from llm_jax.config import ModelConfig
 from llm_jax.interop import gguf, huggingface, llama2c, safetensors
+from llm_jax.interop.translate import read_config
 from llm_jax.tokenizers import Tokenizer
 from llm_jax.types import PyTree
 
@@ -20,7 +21,7 @@ class Pretrained(NamedTuple):
 
     name: str
     model: ModelConfig  # not resolved yet: dtype is "auto"
-    params: PyTree
+    params: PyTree  # None where they were not asked for
     tokenizer: Tokenizer
     adds_bos: bool  # a text starts with the begin token
     end_tokens: tuple[int, ...]  # what ends a generated text
@@ -36,13 +37,14 @@ def kind(path: str | Path) -> str | None:
 
 def load(
     path: str | Path,
-    mesh: jax.sharding.Mesh,
+    mesh: jax.sharding.Mesh | None,
     *,
     source: str | None = None,
     tokenizer: str | Path | None = None,
     dtype: str = "float32",
 ) -> Pretrained:
-    """A model in one of FORMATS (`source`; None: by its looks), its parameters cut for `mesh`.
+    """A model in one of FORMATS (`source`; None: by its looks), its parameters cut for `mesh`;
+    without a mesh all but the parameters.
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -70,7 +72,9 @@ def load(
     with contextlib.closing(tensors):
         used = tokenizers.load(tokenizer) if tokenizer else own
         _check_size(used, values, where)
-        cfg, params = huggingface.load_tensors(values, tensors, mesh, dtype=dtype, where=where)
+        cfg, params = read_config(values, where), None
+        if mesh is not None:
+            cfg, params = huggingface.load_tensors(values, tensors, mesh, dtype=dtype, where=where)
     return Pretrained(
         name=path.stem,
         model=cfg,

@@ -30,7 +30,7 @@ from llm_jax.decode.generate import generate
 from llm_jax.eval import likelihood
 from llm_jax.eval import run as tasks
 from llm_jax.nn.params import count, flatten
-from llm_jax.train import checkpoint, distributed, environment, summary
+from llm_jax.train import base_model, checkpoint, distributed, environment, summary
 from llm_jax.train.checkpoint import Checkpoints
 from llm_jax.train.metrics import (
     MetricsLog,
@@ -96,7 +96,7 @@ def train(
         jax.config.update("jax_disable_jit", True)
 
     if cfg.checkpoint.init_from and not cfg.tokenizer.path:
-        base, kept = checkpoint.load_tokenizer(cfg.checkpoint.init_from), workdir / "tokenizer"
+        base, kept = base_model.load_tokenizer(cfg.checkpoint.init_from), workdir / "tokenizer"
         cfg.tokenizer.path = distributed.from_main(
             "tokenizer", lambda: base.save(kept) or str(kept)
         )
@@ -240,7 +240,7 @@ class _Run:
             return checkpoints.restore(abstract_state(self.program), latest)
         if cfg.checkpoint.init_from:
             self._say(f"starting from the parameters of {cfg.checkpoint.init_from}")
-            params = checkpoint.load_params(
+            params = base_model.load_params(
                 cfg.checkpoint.init_from, self.program.specs, self.program.mesh
             )
             return self.program.start(params, key)
