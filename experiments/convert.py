@@ -41,7 +41,9 @@ def main(argv: list[str]) -> None:
     looks = pretrained.kind(_INPUT.value) or "llm_jax"
     if Path(_INPUT.value).expanduser().exists() and looks != _FROM.value != "llama2c":
         raise ValueError(f"--from={_FROM.value}, but --input={_INPUT.value} looks like {looks}")
-    model = llm_jax.load(_INPUT.value, source=_FROM.value, tokenizer=_TOKENIZER.value)
+    model = llm_jax.load(
+        _INPUT.value, source=_FROM.value, tokenizer=_TOKENIZER.value, dtype="float32"
+    )
     if _TO.value == "llm_jax":
         model.save(_OUTPUT.value)
     else:

@@ -151,7 +151,7 @@ def load(
     source: str | None = None,
     tokenizer: str | Path | None = None,
     mesh: MeshConfig | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
 ) -> Model:
     """Loads a model: a run directory, its checkpoints folder or one step folder; a Hugging Face
     folder; a `.gguf` file; or a llama2.c `.bin`.
@@ -161,7 +161,9 @@ def load(
       tokenizer: a tokenizer to use in place of the one that comes along; a llama2.c file without
         one beside it needs it.
       mesh: None puts everything on one device, whatever mesh it was trained on.
-      dtype: what weights of other formats are kept in.
+      dtype: what weights of other formats are kept in; None: the type that the model computes in,
+        which is float32 on a CPU and bfloat16 elsewhere. Exporting what was kept in bfloat16
+        rounds; "float32" loses nothing.
 
     Raises:
       FileNotFoundError: no model there, or a part of it is missing.
@@ -172,6 +174,7 @@ def load(
     device_mesh = sharding.make_mesh(mesh or MeshConfig(), devices)
     source = source or pretrained.kind(path)
     if source in pretrained.FORMATS:
+        dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         found = pretrained.load(path, device_mesh, source=source, tokenizer=tokenizer, dtype=dtype)
         config = imported_config(found)
         return Model(config, found.params, found.tokenizer, device_mesh)

@@ -69,7 +69,10 @@ def load_tensors(
     dtype: str = "float32",
     where: str = CONFIG,
 ) -> tuple[ModelConfig, PyTree]:
-    """The same from a config.json's values and any source of tensors under Hugging Face's names."""
+    """The same from a config.json's values and any source of tensors under Hugging Face's names.
+
+    What the model family computes in float32 (norms, routers) is kept in it whatever `dtype` says.
+    """
     cfg = read_config(values, where)
     kind = "gemma3_text" if values["model_type"] == "gemma3" else values["model_type"]
     specs = models.family(cfg.family).specs(cfg)
@@ -83,7 +86,9 @@ def load_tensors(
     wanted = _as_named(wanted, source)
     if tied:
         _check_tied(source, next(p.name for p in wanted if p.path == "embed/tokens"))
-    return cfg, weights.load(source, wanted, specs, mesh, dtype=dtype, ignored=ignored)
+    exact = models.family(cfg.family).KEEPS
+    params = weights.load(source, wanted, specs, mesh, dtype=dtype, exact=exact, ignored=ignored)
+    return cfg, params
 
 
 def _as_named(wanted: list, source: weights.Source) -> list:

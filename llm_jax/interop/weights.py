@@ -39,11 +39,13 @@ def load(
     mesh: jax.sharding.Mesh,
     *,
     dtype: str = "float32",
+    exact: re.Pattern | None = None,
     ignored: str = "",
 ) -> PyTree:
     """The parameter tree of `specs`, cut for `mesh`, from the tensors of `source`.
 
-    `ignored` is a pattern of further names that belong to what is not imported.
+    Parameters whose paths match `exact` stay in float32 whatever `dtype` is. `ignored` is a pattern
+    of further names that belong to what is not imported.
 
     Raises:
       ValueError: a tensor that is missing, unknown, or of another shape.
@@ -53,18 +55,12 @@ def load(
     for part in parts:
         by_path.setdefault(part.path, []).append(part)
     flat = flatten(specs)
-    return unflatten(
-        {
-            path: _parameter(
-                source,
-                by_path[path],
-                flat[path].shape,
-                sharding.named(flat[path].axes, mesh),
-                dtype,
-            )
-            for path in flat
-        }
-    )
+
+    def parameter(path: str) -> Array:
+        spec, kind = flat[path], "float32" if exact and exact.search(path) else dtype
+        return _parameter(source, by_path[path], spec.shape, sharding.named(spec.axes, mesh), kind)
+
+    return unflatten({path: parameter(path) for path in flat})
 
 
 def check(source: Source, parts: Sequence[Part], ignored: str = "") -> None:

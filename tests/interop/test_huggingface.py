@@ -118,6 +118,18 @@ def test_sharded_import_equals_a_whole_one(name, tmp_path):
     assert n_cut > 3
 
 
+def test_weights_kept_in_bfloat16(tmp_path):
+    """Half the memory, but for what is computed in float32: norms, and routers with their bias."""
+    golden = hf_tiny.load("glm4_moe-groups")
+    folder, mesh = hf_tiny.write(tmp_path, golden), one_device()
+    whole = flatten(huggingface.load(folder, mesh)[1])
+    kept = flatten(huggingface.load(folder, mesh, dtype="bfloat16")[1])
+    exact = {path for path, leaf in kept.items() if leaf.dtype == np.float32}
+    assert exact == {p for p in whole if p.endswith("/scale") or "/router/" in p}
+    for path, leaf in kept.items():
+        assert np.array_equal(np.asarray(leaf), np.asarray(whole[path].astype(leaf.dtype)))
+
+
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
 def test_the_text_model_of_gemma_3_that_also_sees(prefix, tmp_path):
     golden = hf_tiny.load("gemma3_text-4b_linear")
