@@ -107,6 +107,9 @@ class Ids:
 
     bos_id = eos_id = None
 
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
     def decode(self, ids: list[int]) -> str:
         return ""
 
@@ -125,7 +128,9 @@ def work(folder: pathlib.Path) -> dict[str, Any]:
 
         def run(n: int, prompts=prompts) -> tuple[float, list[list[int]]]:
             start = time.perf_counter()
-            out = generate(params, cfg, Ids(), prompts, max_new_tokens=n, temperature=0)
+            out = generate(
+                params, cfg, Ids(cfg.vocab_size), prompts, max_new_tokens=n, temperature=0
+            )
             return time.perf_counter() - start, [c.tokens for c in out]
 
         n, repeats = settings["new_tokens"], settings["repeats"]
