@@ -108,6 +108,21 @@ def test_a_tokenizer_with_more_tokens_than_rows(folder, tmp_path):
         llm_jax.load(bad)
 
 
+def test_special_tokens_without_rows(folder, tmp_path):
+    """Gemma 3 1B has the token of images and no row for it: it loads, and the token is an error."""
+    golden = hf_tiny.load("llama-2_gqa")
+    rows = golden.config["vocab_size"]
+    path = damaged(folder, tmp_path / "model")
+    text = "".join(map(chr, range(48, 48 + rows - 1)))  # with <unk> as many tokens as rows
+    tokenizer = tokenizers.train("char", [text], special_tokens=["<image>"])
+    assert tokenizer.special_tokens["<image>"] == rows
+    for name, content in huggingface_files(tokenizer, 64).items():
+        (path / name).write_bytes(content)
+    model = llm_jax.load(path)
+    with pytest.raises(ValueError, match=f"token id {rows} is outside the model's vocabulary"):
+        model.generate(["<image>"], max_new_tokens=1)
+
+
 def test_a_missing_tokenizer(folder, tmp_path):
     bad = damaged(folder, tmp_path / "bad")
     for file in bad.glob("*token*"):

@@ -86,10 +86,14 @@ def load(
 
 
 def _check_size(tokenizer: Tokenizer, values: dict[str, Any], where: str) -> None:
-    """Before any tensor is read. Models may have more rows than tokens, never fewer."""
+    """Before any tensor is read. Models may have more rows than tokens; fewer only where the rest are
+    special tokens, which no text becomes (Gemma 3 1B keeps that of images)."""
     text = values.get("text_config") or values
     rows = text.get("vocab_size")
-    if isinstance(rows, int) and tokenizer.vocab_size > rows:
+    if not isinstance(rows, int):
+        return  # reading the config says so
+    special = set(tokenizer.special_tokens.values())
+    if any(i not in special for i in range(rows, tokenizer.vocab_size)):
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, but {where} says vocab_size={rows}; "
             "they do not belong together"
