@@ -1,6 +1,5 @@
 """llama2.c's files: the same story as the reference program, and every layout of the format."""
 
-import os
 import pathlib
 import struct
 
@@ -334,11 +333,8 @@ DOG_IDS = """
 
 
 @pytest.fixture
-def real_weights():
-    folder = os.environ.get("LLM_JAX_DATA")
-    if not folder:
-        pytest.skip("LLM_JAX_DATA is not set")
-    return pathlib.Path(folder) / "weights"
+def real_weights(data_dir):
+    return pathlib.Path(data_dir) / "weights"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Tokenizers of every kind, trained once on the prose of Python's own help."""
 
-import os
 import pathlib
 import pydoc_data.topics
 
@@ -32,11 +31,8 @@ def lossless(trained):
 
 
 @pytest.fixture(scope="session")
-def real_data():
-    folder = os.environ.get("LLM_JAX_DATA")
-    if not folder:
-        pytest.skip("LLM_JAX_DATA is not set")
-    return pathlib.Path(folder)
+def real_data(data_dir):
+    return pathlib.Path(data_dir)
 
 
 @pytest.fixture(scope="session")
