@@ -12,20 +12,18 @@ from llm_jax.train import loop
 
 
 @pytest.fixture
-def questions(tmp_path):
-    path = tmp_path / "questions.jsonl"
-    rows = [
-        {"question": f"{i} plus {i}?", "choices": [f"{2 * i}", f"{i}", "none"], "answer": i % 3}
-        for i in range(6)
-    ]
+def passages(tmp_path):
+    path = tmp_path / "lambada.jsonl"
+    rows = [{"text": f"{i} pears and {i} apples are {2 * i} fruits"} for i in range(6)]
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
 
 
-def test_tasks_are_scored_whenever_the_model_is_evaluated(corpus, questions, tmp_path):
+def test_tasks_are_scored_whenever_the_model_is_evaluated(corpus, passages, tmp_path):
+    """Equal to the last digits in a perplexity, which no other state of the model would give."""
     changes = {
-        "eval.tasks": ("multiple_choice",),
-        "eval.task_input": str(questions),
+        "eval.tasks": ("lambada",),
+        "eval.task_input": str(passages),
         "eval.task_limit": 5,
         "eval.task_shots": 1,
         "eval.sample_tokens": 0,
@@ -34,16 +32,16 @@ def test_tasks_are_scored_whenever_the_model_is_evaluated(corpus, questions, tmp
     run = tmp_path / "run"
     summary = loop.train(run_config(corpus, **changes), run, devices=jax.devices()[:1])
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in lines if "multiple_choice/acc" in r] == [6, 12]
-    model = llm_jax.load(run)
-    options = Options(input=str(questions), limit=5, num_fewshot=1)
-    expected = evaluate_tasks(
-        model.params, model.config.model, model.tokenizer, ["multiple_choice"], options
-    )["multiple_choice"]
-    assert expected["n"] == 5
-    for metric, found in expected["metrics"].items():
-        assert summary[f"multiple_choice/{metric}"] == pytest.approx(found["value"])
-        assert lines[-1][f"multiple_choice/{metric}"] == summary[f"multiple_choice/{metric}"]
+    found = {r["step"]: r["lambada/perplexity"] for r in lines if "lambada/perplexity" in r}
+    assert list(found) == [6, 12]
+    options = Options(input=str(passages), limit=5, num_fewshot=1)
+    for step, value in found.items():
+        model = llm_jax.load(run / "checkpoints" / str(step))
+        weights = (model.params, model.config.model, model.tokenizer)
+        expected = evaluate_tasks(*weights, ["lambada"], options)["lambada"]
+        assert expected["n"] == 5
+        assert value == pytest.approx(expected["metrics"]["perplexity"]["value"], rel=1e-4)
+    assert summary["lambada/perplexity"] == found[12] != pytest.approx(found[6], rel=1e-2)
 
 
 @pytest.mark.parametrize(
