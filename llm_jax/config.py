@@ -8,6 +8,7 @@ No `Literal` and no postponed annotations in this file: ml_collections reads the
 """
 
 import difflib
+import math
 from dataclasses import dataclass, field
 
 from llm_jax.config_base import (
@@ -120,7 +121,8 @@ class ModelConfig(Config):
     qk_norm_over: str = "head"  # head | all (one norm over all heads together)
     window: int = 0  # sliding window in tokens, own token included; 0: full attention
     global_layers: tuple = ()  # numbers of the layers that see everything although `window` is set
-    attention_scale: float = 0.0  # times q . k; 0: 1 / sqrt(head_dim)
+    # times q . k; 0: 1 / sqrt(head_dim), or what mup_base_head_dim says
+    attention_scale: float = 0.0
     attention_softcap: float = 0.0  # cap * tanh(x / cap) on attention scores; 0: off
     logit_softcap: float = 0.0  # the same on output logits
     activation: str = "swiglu"  # gelu (tanh) | gelu_erf | swiglu | geglu | relu2
@@ -129,8 +131,13 @@ class ModelConfig(Config):
     mlp_bias: bool = False
     tied: bool = True  # output head shares the embedding matrix
     embed_scale: float = 1.0  # times the token embeddings (Gemma: sqrt(d_model))
+    logit_scale: float = 0.0  # times the output logits; 0: 1, or what mup_base_width says
     dropout: float = 0.0
     init_std: float = 0.02  # residual projections: init_std / sqrt(2 * n_layers)
+    # muP (llm_jax/nn/mup.py): the d_model, and where heads become wider with it the head_dim, at
+    # which the learning rate and init_std were found; 0: the standard parametrisation.
+    mup_base_width: int = 0
+    mup_base_head_dim: int = 0
 
     moe: MoEConfig = field(default_factory=MoEConfig)
 
@@ -345,6 +352,10 @@ def resolve_model(model: ModelConfig, *, vocab_size: int, length: int, backend: 
     if m.moe.n_experts:
         m.moe.d_ff = m.moe.d_ff or m.d_ff
     m.max_length = m.max_length or length
+    if m.mup_base_width:
+        m.logit_scale = m.logit_scale or m.mup_base_width / m.d_model
+    if m.mup_base_head_dim:
+        m.attention_scale = m.attention_scale or math.sqrt(m.mup_base_head_dim) / m.head_dim
     if m.dtype == "auto":
         m.dtype = "float32" if backend == "cpu" else "bfloat16"
 
@@ -392,6 +403,15 @@ def validate(config: Config) -> None:
         )
     if m.moe.n_experts:
         _validate_experts(m)
+    if m.mup_base_width and config.optimizer.name == "adafactor":
+        raise ValueError(
+            "optimizer.name=adafactor scales its steps by the parameters' size, to which muP's factors "
+            "do not apply; set optimizer.name to adamw or muon, or model.mup_base_width=0"
+        )
+    if m.mup_base_head_dim and not m.mup_base_width:
+        raise ValueError(
+            f"model.mup_base_head_dim={m.mup_base_head_dim} is for muP: set model.mup_base_width too"
+        )
     if config.optimizer.moment_dtype != "float32" and config.optimizer.name == "adafactor":
         raise ValueError(
             f"optimizer.moment_dtype={config.optimizer.moment_dtype} is for adamw and muon; "

@@ -15,8 +15,9 @@ from llm_jax.interop.config_json import Keys
 
 # How a model is trained or computed, not what it computes: no config.json has these.
 ELSEWHERE = {
-    "vocab_multiple", "dropout", "init_std", "dtype", "attention", "attention_block", "scan",
-    "scan_unroll", "remat", "head_chunk", "pipeline_microbatches", "pipeline_turns",
+    "vocab_multiple", "dropout", "init_std", "mup_base_width", "mup_base_head_dim",
+    "dtype", "attention", "attention_block", "scan", "scan_unroll", "remat", "head_chunk",
+    "pipeline_microbatches", "pipeline_turns",
     "rope_interleaved",  # theirs are halves; weights are brought into that order
     "moe.balance_loss", "moe.z_loss", "moe.implementation", "moe.dispatch",
     "moe.capacity_factor", "moe.chunk",
@@ -126,6 +127,7 @@ def _canonical(values: dict[str, Any]) -> dict[str, Any]:
     values["moe.bias_rate"] = values["moe.bias_rate"] > 0  # whether routers have a bias
     out = values | {n: default[n] for n in off}
     out["attention_scale"] = out["attention_scale"] or values["head_dim"] ** -0.5
+    out["logit_scale"] = out["logit_scale"] or 1.0
     out["global_layers"] = tuple(out["global_layers"])
     if len(out["global_layers"]) == values["n_layers"]:
         out |= {"window": 0, "global_layers": (), "rope_local_theta": 0.0}

@@ -14,10 +14,11 @@ import re
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax import sharding
 from llm_jax.config import ModelConfig
-from llm_jax.nn import attention, head, layers, moe, positions, weights
+from llm_jax.nn import attention, head, layers, moe, mup, positions, weights
 from llm_jax.nn.dense import embed
 from llm_jax.nn.params import Normal, ParamSpec, flatten, stacked, unflatten
 from llm_jax.nn.stack import stack
@@ -55,7 +56,7 @@ def specs(cfg: ModelConfig) -> PyTree:
         tree["final_norm"] = layers.norm_specs(cfg, D)
     if not cfg.tied:
         tree["head"] = {"w": ParamSpec((rows, D), ("vocab", "embed"), Normal(cfg.init_std))}
-    return tree
+    return mup.parametrize(tree, cfg)
 
 
 def hidden(
@@ -84,7 +85,7 @@ def hidden(
             x = x + embed(params["embed"]["positions"], position_BxL, None)
         elif cfg.positions == "sinusoidal":
             x = x + positions.sinusoids(position_BxL, cfg.d_model).astype(x.dtype)
-        x = layers.dropout(x, rng, cfg.dropout, salt=0)
+        x = checkpoint_name(layers.dropout(x, rng, cfg.dropout, salt=0), "embedded")
 
     # Shared by all rows where all rows have the same positions; it closes over no batch axis.
     shared_rope = None
@@ -110,7 +111,7 @@ def hidden(
         with jax.named_scope("attention"):
             h = x if post else normed("attn_norm", x)
             h, cache_layers = attention.layer(p["attn"], h, inner, cache_layers, i, cfg)
-            h = normed("attn_out_norm", h)
+            h = checkpoint_name(normed("attn_out_norm", h), "attention_out")
             x = x + layers.dropout(h, keys, cfg.dropout, salt=1)
             x = normed("attn_norm", x) if post else x
         with jax.named_scope("mlp"):
@@ -123,7 +124,7 @@ def hidden(
                 extras["expert_load"] = _at_layer(extras["expert_load"], i - n_dense, n_sparse)
             else:
                 h = layers.mlp(p["mlp"], h, cfg)
-            h = normed("mlp_out_norm", h)
+            h = checkpoint_name(normed("mlp_out_norm", h), "mlp_out")
             x = x + layers.dropout(h, keys, cfg.dropout, salt=2)
             x = normed("mlp_norm", x) if post else x
         return x, cache_layers, extras
@@ -143,6 +144,7 @@ def hidden(
     )
     if cfg.norm_position != "post":
         x = layers.norm(params["final_norm"], x, cfg)
+    x = checkpoint_name(x, "trunk")
     if cache is not None:
         cache = cache.replace(layers=layer_cache, index=cache.index + L)
     if "dropped" in extras:
@@ -166,7 +168,7 @@ def scores(
     with jax.named_scope("head"):
         terms = head.token_scores(
             head_table(params),
-            out.x,
+            _scaled(out.x, cfg),
             batch.targets,
             vocab_size=cfg.vocab_size,
             softcap=cfg.logit_softcap,
@@ -179,8 +181,17 @@ def scores(
 def logits(params: PyTree, x_BxLxD: Array, cfg: ModelConfig) -> Array:
     """Trunk output -> float32 [B, L, V]; for decoding and for tests."""
     return head.logits(
-        head_table(params), x_BxLxD, vocab_size=cfg.vocab_size, softcap=cfg.logit_softcap
+        head_table(params),
+        _scaled(x_BxLxD, cfg),
+        vocab_size=cfg.vocab_size,
+        softcap=cfg.logit_softcap,
     )
+
+
+def _scaled(x_BxLxD: Array, cfg: ModelConfig) -> Array:
+    """What the head multiplies, which is smaller than its logits."""
+    scale = cfg.logit_scale or 1.0
+    return x_BxLxD if scale == 1.0 else x_BxLxD * jnp.asarray(scale, x_BxLxD.dtype)
 
 
 def init_cache(params: PyTree, batch: Batch, cfg: ModelConfig, length: int) -> Cache:

@@ -9,7 +9,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -42,12 +42,14 @@ class Constant:
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One parameter: its shape, the logical axis of each dimension, its start, its master type."""
+    """One parameter: its shape, the logical axis of each dimension, its start, its master type, and
+    a factor on its learning rate."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: Callable[[Array, Sequence[int], Any], Array]
     dtype: Any = jnp.float32
+    rate: float = 1.0
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):
@@ -76,7 +78,7 @@ def unflatten(flat: dict[str, Any]) -> PyTree:
 def stacked(specs: PyTree, n_layers: int) -> PyTree:
     """The specs of one layer -> those of n_layers of them, stacked on a leading "layer" axis."""
     return map_specs(
-        lambda s: ParamSpec((n_layers, *s.shape), ("layer", *s.axes), s.init, s.dtype), specs
+        lambda s: replace(s, shape=(n_layers, *s.shape), axes=("layer", *s.axes)), specs
     )
 
 

@@ -1,5 +1,6 @@
 """Optimizers and schedules from a config, which parameters they touch, and how their state is cut."""
 
+import dataclasses
 import math
 import re
 
@@ -81,6 +82,8 @@ def make_optimizer(
     expert's load above the mean (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
     """
     optimizer = _make_optimizer(cfg, steps, specs)
+    if any(s.rate != 1.0 for s in flatten(specs).values()):
+        optimizer = _with_rates(cfg, steps, specs)
     if cfg.moment_dtype != "float32":
         optimizer = stored_as(optimizer, jnp.dtype(cfg.moment_dtype))
     labels = {p: "balance" if BALANCE_BIAS.search(p) else "learn" for p in flatten(specs)}
@@ -131,6 +134,26 @@ def _make_optimizer(
                 f"optimizer.name={other!r} is unknown; there are adamw, adafactor, muon"
             )
     return optimizer
+
+
+def _with_rates(cfg: OptimizerConfig, steps: int, specs: PyTree) -> optax.GradientTransformation:
+    """The optimizer with each parameter's own factor on its step, decay left alone."""
+    rates = map_specs(lambda s: s.rate, specs)
+    schedule = make_schedule(cfg, steps)
+
+    def masked(u) -> bool:  # a parameter of another optimizer
+        return isinstance(u, optax.MaskedNode)
+
+    def times_rates(updates: PyTree, _: PyTree) -> PyTree:
+        return jax.tree.map(lambda u, r: u if masked(u) else u * r, updates, rates, is_leaf=masked)
+
+    return optax.chain(
+        _make_optimizer(dataclasses.replace(cfg, weight_decay=0.0), steps, specs),
+        optax.stateless(times_rates),
+        optax.add_decayed_weights(
+            lambda n: -schedule(n) * cfg.weight_decay, mask=decay_mask(specs, cfg)
+        ),
+    )
 
 
 def _muon_axes(spec: ParamSpec) -> optax.contrib.MuonDimensionNumbers | None:

@@ -1,0 +1,51 @@
+"""Training that leaves nothing behind: for experiments that train many small models."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from llm_jax import sharding
+from llm_jax.config import TrainConfig
+from llm_jax.data.progress import bar
+from llm_jax.train import program
+from llm_jax.types import Batch, PyTree
+
+
+class Trained(NamedTuple):
+    """What a run in memory ends with."""
+
+    params: PyTree  # the EMA if there is one
+    losses: np.ndarray  # [steps] training loss of each step, nats per token
+    program: program.Program
+
+
+def train(
+    cfg: TrainConfig,
+    batch: Callable[[int], Batch],
+    *,
+    watch: Callable[[int, PyTree], None] | None = None,
+) -> Trained:
+    """Trains the frozen, resolved `cfg` on `batch(step)` for steps 0, 1, ... of numpy rows.
+
+    `watch(step, params)` sees the parameters before the first step and after each. Steps whose loss
+    is not finite are skipped, as in every run; their loss is in `losses` as it was.
+    """
+    mesh = sharding.make_mesh(cfg.mesh)
+    with jax.set_mesh(mesh):
+        made = program.build(cfg, mesh)
+        state = made.init(jax.random.key(cfg.seed))
+        if watch:
+            watch(0, made.params(state))
+        progress = bar(cfg.name, cfg.steps, "step")
+        losses = []
+        for step in range(cfg.steps):
+            rows = program.put(batch(step), mesh, cfg.accumulation)
+            state, metrics = made.step(state, rows)
+            losses.append(metrics["loss"])
+            if watch:
+                watch(step + 1, made.params(state))
+            progress.update(1)
+        progress.close()
+        return Trained(made.params(state), np.array(jax.device_get(losses)), made)
