@@ -109,14 +109,16 @@ def _train(functions, d_model: int, n_layers: int, test) -> dict:
     import numpy as np
 
     from llm_jax import config as configs
-    from llm_jax import sharding
-    from llm_jax.data.progress import bar
     from llm_jax.eval.in_context import accuracy_by_shots
     from llm_jax.nn.params import count
-    from llm_jax.train import program
+    from llm_jax.train import in_memory
 
     cfg = configs.TrainConfig(
-        seed=_SEED.value, steps=_STEPS.value, batch_size=_BATCH_SIZE.value, length=functions.length
+        name=f"{d_model}x{n_layers}",
+        seed=_SEED.value,
+        steps=_STEPS.value,
+        batch_size=_BATCH_SIZE.value,
+        length=functions.length,
     )
     cfg.model.d_model, cfg.model.n_layers = d_model, n_layers
     cfg.model.n_heads = max(d_model // 16, 1)
@@ -133,26 +135,21 @@ def _train(functions, d_model: int, n_layers: int, test) -> dict:
     )
     configs.validate(cfg)
     configs.freeze(cfg)
-    mesh = sharding.make_mesh(cfg.mesh)
-    with jax.set_mesh(mesh):
-        made = program.build(cfg, mesh)
-        state = made.init(jax.random.key(cfg.seed))
-        progress = bar(f"{d_model}x{n_layers}", cfg.steps, "step")
-        for step in range(cfg.steps):
-            # A stream of its own for each step, none of which is the test's.
-            batch = functions.sample(cfg.batch_size, np.random.default_rng([cfg.seed, 0, step]))
-            state, metrics = made.step(state, program.put(batch, mesh, 1))
-            progress.update(1)
-        progress.close()
-        accuracy = accuracy_by_shots(made.params(state), cfg.model, functions, test)
-        loss = float(metrics["loss"])
+
+    def batch(step: int):
+        # A stream of its own for each step, none of which is the test's.
+        return functions.sample(cfg.batch_size, np.random.default_rng([cfg.seed, 0, step]))
+
+    trained = in_memory.train(cfg, batch)
+    with jax.set_mesh(trained.program.mesh):
+        accuracy = accuracy_by_shots(trained.params, cfg.model, functions, test)
     n = len(test.tokens)
     return {
         "name": f"{d_model}x{n_layers}",
-        "parameters": count(made.specs),
+        "parameters": count(trained.program.specs),
         "accuracy": accuracy.tolist(),
         "stderr": np.sqrt(accuracy * (1 - accuracy) / (n - 1)).tolist(),
-        "final_loss": loss,
+        "final_loss": float(trained.losses[-1]),
     }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from llm_jax import config as configs
 from llm_jax import models
 from llm_jax.config import ModelConfig
 from llm_jax.interop import safetensors, weights
@@ -160,6 +161,7 @@ def save(
     Raises:
       ValueError: no architecture of transformers computes this model.
     """
+    cfg, params = _without_logit_scale(cfg, params)
     values = write_config(cfg)
     ids = {f"{role}_token_id": i for role, i in (token_ids or {}).items()}
     values |= {**ids, "torch_dtype": dtype, "use_cache": True}
@@ -170,6 +172,19 @@ def save(
     _write_json(folder / CONFIG, values)
     _write_json(folder / GENERATION, {n: i for n, i in ids.items() if i is not None})
     return values
+
+
+def _without_logit_scale(cfg: ModelConfig, params: PyTree) -> tuple[ModelConfig, PyTree]:
+    """The same logits without muP's factor on them, which few config.json have: the final norm's
+    scale takes it."""
+    factor = cfg.logit_scale or 1.0
+    if factor == 1.0 or "final_norm" not in params:
+        return cfg, params
+    one = 1.0 if cfg.norm_unit_offset else 0.0  # such norms multiply by 1 + scale
+    last = {n: v * factor for n, v in params["final_norm"].items()}
+    last["scale"] = (params["final_norm"]["scale"] + one) * factor - one
+    cfg = configs.freeze(configs.override(configs.thaw(cfg), {"logit_scale": 1.0}))
+    return cfg, {**params, "final_norm": last}
 
 
 def _numpy(dtype: str) -> Any:

@@ -44,8 +44,10 @@ def train(
             rows = program.put(batch(step), mesh, cfg.accumulation)
             state, metrics = made.step(state, rows)
             losses.append(metrics["loss"])
+            if step:  # the device is a step ahead of the host, and no more
+                losses[-2] = float(losses[-2])
             if watch:
                 watch(step + 1, made.params(state))
             progress.update(1)
         progress.close()
-        return Trained(made.params(state), np.array(jax.device_get(losses)), made)
+        return Trained(made.params(state), np.array([float(x) for x in losses]), made)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from interop import hf_tiny
 from safetensors.numpy import save_file
+from tiny import random_batch, tiny_model
 
 from llm_jax import config as configs
 from llm_jax import sharding
@@ -15,7 +16,7 @@ from llm_jax.config import MeshConfig
 from llm_jax.interop import huggingface, safetensors
 from llm_jax.interop.translate import write_config
 from llm_jax.models import decoder
-from llm_jax.nn.params import flatten
+from llm_jax.nn.params import flatten, init
 from llm_jax.types import Batch
 
 TOLERANCE = 1e-4  # absolute, on logits with a standard deviation of 2 to 3
@@ -146,3 +147,28 @@ def test_the_text_model_of_gemma_3_that_also_sees(prefix, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"'something_else\.weight'"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "unit_offset"])
+def test_muP_models_leave_with_their_logits(kind, tmp_path):
+    """The factor on the logits goes into the final norm: no config.json of theirs has it."""
+    changes = {
+        "llama": {},
+        "gpt2": {"norm": "layernorm", "norm_bias": True, "activation": "gelu", "qkv_bias": True,
+                 "out_bias": True, "mlp_bias": True, "positions": "learned"},
+        "unit_offset": {"norm_unit_offset": True},
+    }[kind]  # fmt: skip
+    cfg = tiny_model(mup_base_width=8, vocab_multiple=1, **changes)
+    assert cfg.logit_scale == 0.25
+    params = init(decoder.specs(cfg), jax.random.key(0))
+    params = jax.tree.map(lambda x: x + 0.1 * np.cos(np.arange(x.size)).reshape(x.shape), params)
+    batch = Batch(tokens=random_batch().tokens)
+    before = decoder.logits(params, decoder.hidden(params, batch, cfg).x, cfg)
+    if kind == "unit_offset":  # Gemma's only, with much else: the folding alone
+        cfg, params = huggingface._without_logit_scale(cfg, params)
+    else:
+        huggingface.save(tmp_path, cfg, params)
+        cfg, params = read(tmp_path)
+    assert cfg.logit_scale in (0.0, 1.0)
+    after = decoder.logits(params, decoder.hidden(params, batch, cfg).x, cfg)
+    assert worst(after, before) < 1e-5 < float(np.abs(before).max())
