@@ -47,8 +47,9 @@ def test_the_base_width_is_the_standard_parametrisation():
 
 
 def test_scales_of_logits_and_of_attention():
-    cfg = tiny_model(mup_base_width=8, mup_base_head_dim=1)
-    assert cfg.attention_scale == 1 / 4  # 1 / head_dim; 1 / sqrt(head_dim) would be 1 / 2
+    cfg = tiny_model(mup_base_width=8, mup_base_head_dim=2)
+    # sqrt(2) / head_dim, at the base 1 / sqrt(2); the standard way would be 1 / sqrt(head_dim).
+    assert cfg.attention_scale == pytest.approx(np.sqrt(2) / 4)
     p = params.init(decoder.specs(cfg), jax.random.key(0))
     batch = random_batch()
     x = decoder.hidden(p, batch, cfg).x
