@@ -24,7 +24,8 @@ RANK = {name: rank for rank, names in enumerate(CHAIN) for name in names}
 BESIDE = {
     "objectives": {"types"},
     "tokenizers": set(),
-    "report": set(),
+    "plots": set(),
+    "report": {"plots"},
     "chips": set(),
     "corpus": set(),
     "data": {"types", "config", "tokenizers", "corpus"},
@@ -34,6 +35,7 @@ BESIDE = {
 SEEN_FROM = {
     "objectives": 3,
     "tokenizers": RANK["decode"],
+    "plots": RANK["decode"],
     "report": RANK["decode"],
     "chips": RANK["mesh"],
     "corpus": RANK["eval"],

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from llm_jax import report
-from llm_jax.report import Code, Mark, Plot, Series, Table, Text, write_report
+from llm_jax import plots, report
+from llm_jax.report import Code, Contours, Mark, Plot, Series, Table, Text, write_report
 
 BLUE, ORANGE = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)
 
@@ -22,7 +22,7 @@ BLUE, ORANGE = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)
 def pixels(plot: Plot) -> np.ndarray:
     """[height, width, 3]: the picture of a plot."""
     picture = io.BytesIO()
-    report.make_figure(plot).savefig(picture, format="png")
+    plots.make_figure(plot).savefig(picture, format="png")
     return np.asarray(Image.open(picture).convert("RGB")).astype(int)
 
 
@@ -105,9 +105,9 @@ def test_same_plot_same_bytes_also_from_many_threads(tmp_path):
         line = Series("line", range(50), np.sin(np.arange(50) + i), smooth=5)
         return Plot(f"p{i}", [line, Series("$x_1$", [0, 49], [i, 0])], title="A $5 plot")
 
-    alone = [report.save_plot(plot(i), tmp_path / f"a{i}.png").read_bytes() for i in range(4)]
+    alone = [plots.save_plot(plot(i), tmp_path / f"a{i}.png").read_bytes() for i in range(4)]
     with ThreadPoolExecutor(4) as pool:
-        paths = pool.map(lambda i: report.save_plot(plot(i), tmp_path / f"b{i}.png"), range(4))
+        paths = pool.map(lambda i: plots.save_plot(plot(i), tmp_path / f"b{i}.png"), range(4))
     assert [path.read_bytes() for path in paths] == alone
     assert len(set(alone)) == 4
     assert b"atplotlib" not in alone[0], "a PNG that names its writer changes with its version"
@@ -144,9 +144,54 @@ def test_logarithmic_axis_makes_a_power_law_straight():
     assert np.corrcoef(row, column)[0, 1] < 0.9
 
 
+VIOLET, YELLOW = (0x44, 0x01, 0x54), (0xFD, 0xE7, 0x25)  # the ends of viridis
+
+
+def test_values_are_shown_by_colour_on_one_scale():
+    """A line takes the colour that its first value has in the scatter; the bar names the values."""
+    dots = Series("", [1, 2], [1.0, 2.0], "points", values=[1e6, 1e9])
+    thin = Series("", [1, 1.5], [2.0, 2.0], "thin", values=[1e9, 1e6])
+    how = {"values_scale": "log", "values_label": "parameters"}
+    figure = plots.make_figure(Plot("p", [dots, thin], **how))
+    axes, bar = figure.axes
+    scatter = axes.collections[0]
+    assert [tuple(round(255 * v) for v in c[:3]) for c in scatter.to_rgba([1e6, 1e9])] == [
+        VIOLET, YELLOW,
+    ]  # fmt: skip
+    assert [round(255 * v) for v in axes.lines[0].get_color()[:3]] == list(YELLOW)
+    assert axes.lines[0].get_linewidth() < 1
+    labels = [t.get_text() for t in bar.get_yticklabels()]
+    assert "1M" in labels and "100M" in labels and bar.get_ylabel() == "parameters"
+
+
+def test_contours_lie_under_the_series():
+    x, y = np.linspace(1, 4, 30), np.linspace(1, 3, 20)
+    z_YxX = y[:, None] + 0 * x
+    field = Contours(x, y, z_YxX, [1.0, 1.5, 2.0, 2.5, 3.0])
+    line = Series("s", [1, 4], [2, 2])
+    picture = pixels(Plot("p", [line], contours=field, ylim=(1, 3)))
+    blue = has_color(picture, BLUE)
+    row = np.flatnonzero(blue.any(axis=1))
+    assert blue[row].sum() > 800, "the line is not covered"
+    above, below = (picture[int(row.mean()) + d, 400] for d in (-200, 200))
+    assert above.sum() < below.sum() - 100, "what is low is light"
+
+
+def test_points_have_bars_and_words():
+    def drawn(**more):
+        figure = plots.make_figure(Plot("p", [Series("s", [1, 2], [1.0, 2.0], "points", **more)]))
+        return figure.axes[0]
+
+    bars = drawn(low=[0.5, 1.5], high=[1.5, 2.5]).collections[0].get_segments()
+    np.testing.assert_allclose(bars[1], [[2, 1.5], [2, 2.5]])
+    words = [t.get_text() for t in drawn(texts=["first $1", ""]).texts]
+    assert "first $1" in words and len([w for w in words if w]) == 1
+    assert drawn(color="#123456").lines[0].get_color() == "#123456"
+
+
 def test_lines_that_reach_the_right_edge_are_named_there_others_get_a_legend():
     def legend(*series, **more):
-        return report.make_figure(Plot("p", series, **more)).axes[0].get_legend()
+        return plots.make_figure(Plot("p", series, **more)).axes[0].get_legend()
 
     long, short = Series("a", [0, 10], [1, 2]), Series("b", [0, 5], [1, 3])
     assert legend(long, Series("b", [0, 10], [1, 2])) is None
@@ -157,7 +202,7 @@ def test_lines_that_reach_the_right_edge_are_named_there_others_get_a_legend():
 
 @given(st.lists(st.floats(0, 400), min_size=1, max_size=6).map(sorted))
 def test_names_at_the_edge_keep_their_order_and_their_distance(y):
-    spread = report._spread(y, gap=12, floor=5)
+    spread = plots._spread(y, gap=12, floor=5)
     assert min(spread) >= 5
     assert all(b - a >= 12 - 1e-9 for a, b in pairwise(spread))
     if all(b - a >= 12 for a, b in pairwise(y)) and y[0] >= 5:
@@ -170,6 +215,8 @@ def test_names_at_the_edge_keep_their_order_and_their_distance(y):
         ([0, 500, 1000], ["0", "500", "1,000"]),
         ([0, 5000, 10000], ["0", "5k", "10k"]),
         ([0, 2.5e5, 1e6], ["0", "0.25M", "1.00M"]),
+        ([0, 2.5e9, 5e9], ["0", "2.5B", "5.0B"]),
+        ([1e8], ["100M"]),
         ([1.5, 2.0, 2.5], ["1.5", "2.0", "2.5"]),
         ([0, 1e-4, 2e-4], ["0", "0.0001", "0.0002"]),
         ([0, 2e-5, 4e-5], ["0", "2e-5", "4e-5"]),
@@ -177,11 +224,11 @@ def test_names_at_the_edge_keep_their_order_and_their_distance(y):
     ],
 )
 def test_ticks_share_a_unit(ticks, labels):
-    assert report._tick_labels(ticks) == labels
+    assert plots._tick_labels(ticks) == labels
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("scale", report.SCALES)
+@pytest.mark.parametrize("scale", plots.SCALES)
 @pytest.mark.parametrize(
     "y",
     [
@@ -199,13 +246,13 @@ def test_ticks_share_a_unit(ticks, labels):
 def test_no_data_is_too_odd_to_draw(y, scale, tmp_path):
     marks = [Mark(0.0, "zero"), Mark(float("nan"), "unknown")]
     plot = Plot("p", [Series("s", range(len(y)), y, smooth=2)], yscale=scale, hlines=marks)
-    assert report.save_plot(plot, tmp_path / "p.png").stat().st_size > 1000
+    assert plots.save_plot(plot, tmp_path / "p.png").stat().st_size > 1000
 
 
 def test_many_points_are_thinned_without_losing_the_extremes():
     y = np.zeros(100_000)
     y[[777, 98_765]] = 7.0, -7.0
-    x, thin = report._thinned(np.arange(100_000), y)
+    x, thin = plots._thinned(np.arange(100_000), y)
     assert len(thin) <= 4000
     assert (thin.max(), thin.min()) == (7.0, -7.0)
     assert (y[x] == thin).all() and (np.diff(x) > 0).all()
@@ -213,13 +260,13 @@ def test_many_points_are_thinned_without_losing_the_extremes():
 
 def test_smoothed_is_a_local_mean_that_does_not_lag():
     ramp = 3.0 - 0.01 * np.arange(100)
-    np.testing.assert_allclose(report.smoothed(ramp, 10)[:90], ramp[:90], rtol=1e-12)
+    np.testing.assert_allclose(plots.smoothed(ramp, 10)[:90], ramp[:90], rtol=1e-12)
     noise = np.random.default_rng(0).normal(0, 1, 4000)
-    assert report.smoothed(noise, 50)[100:-100].std() < 0.2
-    broken = report.smoothed([1.0, np.nan, 1.0, 1.0, np.nan], 2)
+    assert plots.smoothed(noise, 50)[100:-100].std() < 0.2
+    broken = plots.smoothed([1.0, np.nan, 1.0, 1.0, np.nan], 2)
     np.testing.assert_array_equal(np.isnan(broken), [False, True, False, False, True])
     np.testing.assert_allclose(broken[[0, 2, 3]], 1.0)
-    assert len(report.smoothed([], 5)) == 0
+    assert len(plots.smoothed([], 5)) == 0
 
 
 @pytest.mark.parametrize(
@@ -231,6 +278,8 @@ def test_smoothed_is_a_local_mean_that_does_not_lag():
         ([Plot("a", [], yscale="log", ylim=(0, 1))], r"limits \(0, 1\) of a logarithmic axis"),
         ([Plot("a", [Series("s", [1], [1], style="dots")])], "style 'dots' is none of line"),
         ([Plot("a", [Series("s", [1, 2], [1])])], "series 's': x has 2 values, another column 1"),
+        ([Plot("a", [Series("s", [1], [1], values=[])])], "x has 1 values, another column 0"),
+        ([Plot("a", [], values_scale="ln")], "scale 'ln' is none of linear, log"),
     ],
 )
 def test_what_no_data_can_excuse_is_refused_before_anything_is_written(blocks, message, tmp_path):
@@ -274,10 +323,10 @@ def test_read_metrics_names_the_broken_line(line, tmp_path):
 
 def test_import_is_light_and_drawing_touches_no_global_state(tmp_path):
     code = (
-        "import sys, llm_jax, llm_jax.report as r\n"
+        "import sys, llm_jax, llm_jax.plots as p, llm_jax.report as r\n"
         "heavy = [m for m in ('jax', 'matplotlib') if m in sys.modules]\n"
         "assert not heavy, heavy\n"
-        "r.save_plot(r.Plot('p', [r.Series('s', [1, 2], [1, 2])]), sys.argv[1])\n"
+        "p.save_plot(r.Plot('p', [r.Series('s', [1, 2], [1, 2])]), sys.argv[1])\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "p.png")], check=True)
