@@ -15,7 +15,8 @@ from absl import app, flags, logging
 
 from llm_jax.config import Config, TrainConfig, unknown_key
 
-AUTO_MESH = re.compile(r"^(--?config\.mesh)=auto$")
+AUTO_MESH = re.compile(r"^(--?config\.(?:run\.)?mesh)=auto$")
+_CONFIG_CLASSES: dict[str, type] = {}  # of the config flags that a binary has defined
 MENDABLE = (ValueError, OSError, ImportError)  # by the user, who gets one line
 
 
@@ -23,6 +24,7 @@ def define_config(cls: type = TrainConfig, name: str = "config", default: str | 
     """Defines `--config=FILE` with typed `--config.x.y=value` overrides; returns the flag holder."""
     from ml_collections import config_flags
 
+    _CONFIG_CLASSES[name] = cls
     holder = config_flags.DEFINE_config_file(
         name,
         default,
@@ -138,9 +140,9 @@ def run_main(main: Callable[[list[str]], Any]) -> None:
 
     def parse(argv: list[str]) -> list[str]:
         try:
-            if "config" in flags.FLAGS:
-                argv = [AUTO_MESH.sub(r"\1.auto=True", arg) for arg in argv]
-                check_config_flags(argv[1:])
+            argv = [AUTO_MESH.sub(r"\1.auto=True", arg) for arg in argv]
+            for name, cls in _CONFIG_CLASSES.items():
+                check_config_flags(argv[1:], cls, name)
             rest = flags.FLAGS(argv)
             if not flags.FLAGS["verbosity"].present:
                 logging.set_verbosity(logging.WARNING)  # libraries log every step of theirs as INFO

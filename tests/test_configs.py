@@ -1,6 +1,7 @@
 """Every recipe is instantiated, and its train step lowered on an abstract mesh of 8 devices."""
 
 import importlib.util
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -9,6 +10,8 @@ from jax.sharding import AbstractMesh, AxisType
 
 from llm_jax import config as configs
 from llm_jax import sharding
+from llm_jax.scaling.sweep_config import SweepConfig, validate_sweep
+from llm_jax.scaling.sweep_grid import run_config, trunks
 from llm_jax.train.program import lower
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +28,18 @@ def load(path: Path) -> configs.TrainConfig:
     return module.get_config()
 
 
+def largest_run(sweep: SweepConfig) -> configs.TrainConfig:
+    """Of a sweep whose budgets have five sizes each, enough for a parabola."""
+    validate_sweep(sweep)
+    found = trunks(sweep, sweep.run.tokenizer.vocab_size)
+    sizes = Counter(p.budget for t in found for p in t.points)
+    assert len(sizes) >= 4 and min(sizes.values()) >= 5, sizes
+    trunk = max(found, key=lambda t: t.size.n)
+    run = run_config(sweep, trunk.size, trunk.seed, trunk.size.rate)
+    run.steps = trunk.points[-1].steps
+    return run
+
+
 def abstract_mesh(cfg: configs.MeshConfig) -> AbstractMesh:
     shape = sharding.mesh_shape(cfg, 8)
     return AbstractMesh(shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
@@ -34,6 +49,8 @@ def abstract_mesh(cfg: configs.MeshConfig) -> AbstractMesh:
 def test_recipe_lowers_on_eight_devices(path):
     cfg = load(path)
     assert cfg.name == path.stem
+    if isinstance(cfg, SweepConfig):
+        cfg = largest_run(cfg)
     if cfg.batch_size % 8:  # nanoGPT's 12 rows are for one device
         cfg.mesh = configs.MeshConfig(data=4, fsdp=-1 if cfg.model.d_model % 2 == 0 else 1)
         cfg.batch_size = 16

@@ -46,7 +46,7 @@ TRAIN = {
 
 
 def test_every_launch_file_is_tested_here():
-    assert FILES == sorted([*TRAIN, "restart.sh"])
+    assert FILES == sorted([*TRAIN, "restart.sh", "sweep.sbatch"])
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -98,6 +98,29 @@ def test_what_they_pass_are_flags_of_pretrain():
     assert [p[:2] for p in parsed] == [[7, "it's a pod"]] * len(TRAIN)
     assert all("runs/" in p[2] for p in parsed)
     assert "work_dir" in refused  # the check does notice
+
+
+def test_a_sweep_is_an_array_or_a_workload_for_each_line(tmp_path):
+    """As `experiments.sweep --print_commands` writes them (tests/test_sweep.py runs such a line)."""
+    odd = "--input=it's one/*.txt"
+    words = [["python", "-m", "experiments.sweep", odd, f"--only=w{n}-seed0"] for n in (1, 2)]
+    commands = tmp_path / "commands.txt"
+    commands.write_text("".join(shlex.join(w) + "\n" for w in words))
+    [task] = dry_run("sweep.sbatch", str(commands), SLURM_ARRAY_TASK_ID="2", PYTHON="/p/python")
+    assert task[0] == "srun" and task[-5:] == ["/p/python", *words[1][1:]]
+    workloads = dry_run("gke_xpk.sh", "sweep", str(commands), WORKLOAD="s", NUM_SLICES="2")
+    assert len(workloads) == 2
+    for n, (created, wanted) in enumerate(zip(workloads, words, strict=True), start=1):
+        assert {f"--workload=s-{n}", "--num-slices=2"} <= set(created)
+        [inner] = [w for w in created if w.startswith("--command=")]
+        assert shlex.split(inner)[-6:] == ["exec", *wanted]
+    beyond = subprocess.run(
+        ["bash", str(LAUNCH / "sweep.sbatch"), "--dry_run", str(commands)],
+        env={**os.environ, "SLURM_ARRAY_TASK_ID": "3"},
+        capture_output=True,
+        text=True,
+    )
+    assert beyond.returncode == 1 and "no command in line 3" in beyond.stderr
 
 
 def test_environment_variables_are_the_parameters():

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import runpy
 
 import pytest
 from runs import flags_of, run_binary, start
@@ -71,10 +72,67 @@ def test_without_a_recipe():
     assert re.search(r"mfu +0\.4 .*default", done.stdout)
 
 
+def test_from_a_law_to_a_recipe_that_runs(tmp_path, corpus):
+    """A fit.json, its model planned, and the recipe in the hands of pretrain."""
+    law = {"E": 1.8, "A": 480.0, "B": 2000.0, "alpha": 0.35, "beta": 0.366}
+    fit = {"params": law, "converged": True, "at": 1e14, "level": 0.9, "warnings": []}
+    fit |= {"intervals": {"N*": [4e5, 9e5], "D*": [2e7, 4e7]}}
+    fit |= {"details": {"held_out": {"mean_error_percent": 1.25}}}
+    (tmp_path / "fit.json").write_text(json.dumps({"chinchilla3": fit}))
+    recipe, output = tmp_path / "planned.py", tmp_path / "plan.json"
+    done = run_binary(
+        "plan", "--budget=1e14", f"--law={tmp_path}/fit.json", SMOKE, "--chip=cpu", "--devices=1",
+        "--count=with_head", f"--recipe={recipe}", f"--output={output}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(output.read_text())
+    assert plan["law"]["counted"] == "with_head"  # here all: the head is tied
+    said, model = plan["law"], plan["law"]["model"]
+    # (alpha A / (beta B))^(1 / (alpha + beta)) (C / 6)^(beta / (alpha + beta))
+    assert said["N*"] == pytest.approx(734_369, rel=1e-5)
+    assert model["params"] == plan["params"] == pytest.approx(said["N*"], rel=0.07)
+    assert plan["tokens"] == model["tokens"] == pytest.approx(1e14 / 6 / model["params"], rel=0.01)
+    assert plan["flops_6nd"] == pytest.approx(1e14, rel=0.01)
+    for words in (
+        "N* from 400,000 to 900,000 at 90%",
+        "1.2 % off",
+        "learning rate",
+        "a step takes",
+    ):
+        assert words in done.stdout, words
+    done = run_binary(
+        "pretrain", f"--config={recipe}", f"--workdir={tmp_path}/run", f"--input={corpus}", "--dry_run"
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"{plan['params']:,}" in done.stdout
+
+
+def test_hours_a_published_law_and_the_search(tmp_path):
+    recipe, output = tmp_path / "planned.py", tmp_path / "plan.json"
+    done = run_binary(
+        "plan", "--budget=24h", "--law=hoffmann3", "--chip=h100", "--devices=8", "--mfu=0.4",
+        "--convention=6nd", "--search", "--top=2", f"--recipe={recipe}", f"--output={output}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # Spent at the utilisation that the budget was counted with, it takes the day.
+    assert re.search(r"^time +24\.0 hours", done.stdout, re.MULTILINE), done.stdout
+    assert "hoffmann3 <" in done.stdout and re.search(r"^kaplan +\d", done.stdout, re.MULTILINE)
+    found = json.loads(output.read_text())["search"][0]
+    cfg = runpy.run_path(str(recipe))["get_config"]()  # as it was found, not as first thought of
+    assert {axis: getattr(cfg.mesh, axis) for axis in found["mesh"]} == found["mesh"]
+    assert (cfg.accumulation, cfg.model.remat) == (found["accumulation"], found["remat"])
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
         ([], "--config is needed"),
+        (["--budget=1e20", "--chip=h100", "--devices=8"], "--budget and --law go together"),
+        (
+            ["--budget=1e20", "--law=fit.json", "--chip=h100", "--devices=8"],
+            "--law=fit.json: no such",
+        ),
+        ([SMOKE, "--chip=h100", "--devices=8", "--recipe=x.py"], "--recipe is for --budget"),
         ([SMOKE], "--topology=v5e:16x16 or --chip=h100 --devices=8"),
         ([SMOKE, "--chip=h10", "--devices=8"], "did you mean 'h100'"),
         ([SMOKE, "--topology=cpu:8", "--config.mesh.tensor=3"], "mesh.tensor=3"),

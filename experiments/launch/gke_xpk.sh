@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Trains on TPU slices of a GKE cluster with xpk (pip install xpk), which makes a JobSet of it.
 #
-#     experiments/launch/gke_xpk.sh [--dry_run] create | storage | train [FLAGS] | list | delete
+#     experiments/launch/gke_xpk.sh [--dry_run] create | storage | train [FLAGS] | sweep COMMANDS | list | delete
 #
 #   create    the cluster, with the slices
 #   storage   a Filestore share that every pod mounts at MOUNT, for the runs
 #   train     starts or resumes experiments.pretrain in every pod; FLAGS go to it
+#   sweep     a workload WORKLOAD-N for each line N of a file that experiments.sweep --print_commands
+#             has written, on slices of their own
 #   list      the state of the workloads
 #   delete    the workload: every pod gets SIGTERM, all save and stop at the same step
 #
@@ -57,6 +59,17 @@ run() {
   fi
 }
 
+workload() { # NAME COMMAND...: one in every pod
+  local name=$1
+  shift
+  # exec: SIGTERM has to reach Python, not a shell around it.
+  run xpk workload create "${WHERE[@]}" --workload="$name" --tpu-type="$TPU_TYPE" \
+    --num-slices="$NUM_SLICES" --base-docker-image="$BASE_IMAGE" --script-dir=. \
+    --storage="$STORAGE" --max-restarts="$MAX_RESTARTS" --restart-on-exit-codes=70 \
+    --termination-grace-period-seconds="$GRACE" \
+    --command="pip install --quiet -c constraints/py312.txt -e '.[tpu]' && exec $(printf '%q ' "$@")"
+}
+
 case $VERB in
   create)
     run xpk cluster create "${WHERE[@]}" --tpu-type="$TPU_TYPE" --num-slices="$NUM_SLICES" \
@@ -67,13 +80,15 @@ case $VERB in
       --mount-point="$MOUNT" --readonly=false --size=2560 --tier=BASIC_SSD --vol=default
     ;;
   train)
-    PRETRAIN=(python -m experiments.pretrain --config="$CONFIG" --workdir="$WORKDIR" "$@")
-    # exec: SIGTERM has to reach Python, not a shell around it.
-    run xpk workload create "${WHERE[@]}" --workload="$WORKLOAD" --tpu-type="$TPU_TYPE" \
-      --num-slices="$NUM_SLICES" --base-docker-image="$BASE_IMAGE" --script-dir=. \
-      --storage="$STORAGE" --max-restarts="$MAX_RESTARTS" --restart-on-exit-codes=70 \
-      --termination-grace-period-seconds="$GRACE" \
-      --command="pip install --quiet -c constraints/py312.txt -e '.[tpu]' && exec $(printf '%q ' "${PRETRAIN[@]}")"
+    workload "$WORKLOAD" python -m experiments.pretrain --config="$CONFIG" --workdir="$WORKDIR" "$@"
+    ;;
+  sweep)
+    N=0
+    while IFS= read -r LINE; do
+      N=$((N + 1))
+      eval "WORDS=($LINE)" # as quoted for a shell by --print_commands
+      workload "$WORKLOAD-$N" "${WORDS[@]}" < /dev/null
+    done < "${1:?a file that experiments.sweep --print_commands has written}"
     ;;
   list)
     run xpk workload list "${WHERE[@]}"

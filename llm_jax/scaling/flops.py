@@ -35,6 +35,21 @@ def causal(specs: PyTree, cfg: ModelConfig, length: int) -> float:
     return 3 * sum(forward(specs, cfg, length, causal=True).values())
 
 
+def hoffmann(specs: PyTree, cfg: ModelConfig, length: int) -> float:
+    """Appendix F of Hoffmann et al. (2022): every matmul, attention over the whole row, 3 FLOPs
+    for each of its probabilities, and the lookup of a token as a matmul with the whole table."""
+    table = forward(specs, cfg, length, causal=False).get("head", 0.0)  # of the same shape
+    return hoffmann_layers(specs, cfg, length) + 3 * 2 * table
+
+
+def hoffmann_layers(specs: PyTree, cfg: ModelConfig, length: int) -> float:
+    """The same without lookup and output head: what table A4 of that paper compares with 6 N D
+    (N: `parameters.hoffmann`), though its text counts both."""
+    matmuls = forward(specs, cfg, length, causal=False)
+    matmuls.pop("head", None)
+    return 3 * (sum(matmuls.values()) + 3 * cfg.n_heads * cfg.n_layers * length)
+
+
 # Name -> FLOPs of training per token. "mfu" (Chowdhery et al. 2022) is what runs report.
 CONVENTIONS: dict[str, Callable[[PyTree, ModelConfig, int], float]] = {
     "6nd": six_nd,
@@ -42,6 +57,8 @@ CONVENTIONS: dict[str, Callable[[PyTree, ModelConfig, int], float]] = {
     "mfu": train_flops_per_token,
     "exact": exact,
     "causal": causal,
+    "hoffmann": hoffmann,
+    "hoffmann_layers": hoffmann_layers,
 }
 
 

@@ -1,6 +1,7 @@
 """A plan as text for a terminal."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from llm_jax.scaling.plan import Plan
 
@@ -155,3 +156,36 @@ def totals(p: Plan) -> list[str]:
         ]
     )
     return [*out, "", "assumptions", *columns(assumptions(p), "  ")]
+
+
+def law(answer: dict[str, Any]) -> list[str]:
+    """What a law says of a budget (`from_law.answer`), the other laws, and the model that follows."""
+    where = "" if answer["budget_from"] == "flag" else f", {answer['budget_from']}"
+    out = [f"{answer['law']} ({answer['source']}) at {answer['budget']:.4g} FLOPs{where}", ""]
+    rows = [("", "N*", "D*", "D*/N*", "loss", "N counts")]
+    for x in ({**answer, "law": answer["law"] + " <"}, *answer["others"]):
+        nats = "" if x["loss"] is None else f"{x['loss']:.4f}"
+        rows.append(
+            (x["law"], count(x["N*"]), count(x["D*"]), f"{x['D*/N*']:,.1f}", nats, x["counted"])
+        )
+    out += columns(rows)
+    for name, (low, high) in answer["intervals"].items():
+        out.append(f"{name} from {count(low)} to {count(high)} at {answer['level']:.0%}")
+    if (error := answer["held_out_error_percent"]) is not None:
+        out.append(f"runs held out of the fit were predicted {error:.2g} % off on average")
+    m = answer["model"]
+    out += ["", *columns(
+        [
+            ("model", f"{count(m['params'])} {m['counted']}", f"{m['params'] / answer['N*'] - 1:+.1%} of N*"),
+            ("shape", f"{m['n_layers']} layers, {m['d_model']:,} wide",
+             f"{m['n_heads']} heads on {m['kv_heads']} of keys, MLP {m['d_ff']:,}, "
+             f"vocabulary {m['vocab_size']:,}"),
+            ("tokens", count(m["tokens"]), f"{m['steps']:,} steps, {m['warmup_steps']:,} of warm-up"),
+            ("batch", f"{count(m['batch_tokens'])} tokens",
+             f"{m['batch_size']:,} rows of {m['length']:,}"
+             + f" in {m['accumulation']} micro-batches" * (m["accumulation"] > 1)
+             + f"; {m['batch_rule']}"),
+            ("learning rate", f"{m['learning_rate']:g}", m["learning_rate_rule"]),
+        ]
+    )]  # fmt: skip
+    return out + [f"warning: {w}" for w in answer["warnings"]]
