@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -38,10 +39,14 @@ def test_commands_run_in_order(folder):
         args = [sys.executable, *shlex.split(command)[1:]]
         if "experiments.pretrain" in command:  # fewer steps; everything else as it stands
             args += ["--config.steps=8", "--config.eval.rows=16", "--config.checkpoint.every=4"]
+        if "experiments.sweep" in command:  # half an hour; its grid, and a table that it would make
+            args += ["--dry_run"]
         done = subprocess.run(
             args, cwd=folder, env=env, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        if "experiments.sweep" in command:
+            shutil.copy(ROOT / "docs/sweep_tiny/runs.csv", folder / "runs/sweep")
 
 
 def test_python_runs(folder):
@@ -57,7 +62,7 @@ def test_files_and_verbs_exist():
         assert (ROOT / "experiments" / f"{verb}.py").exists(), verb
     there = {p.stem for p in (ROOT / "experiments").glob("*.py")} - {"__init__", "cli"}
     assert there == set(re.findall(r"^\| `experiments\.(\w+)`", README, re.M))
-    recipes = set(re.findall(r"`(\w+)`", README.split("## Recipes")[1].split("`--config")[0])) - {
+    recipes = set(re.findall(r"`(\w+)`", README.split("## Recipes")[1].split("\n## ")[0])) - {
         "configs"
     }
     assert recipes == {p.stem for p in (ROOT / "configs").glob("*.py")} - {"__init__"}
