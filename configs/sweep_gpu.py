@@ -20,7 +20,7 @@ from llm_jax.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from llm_jax.scaling.sweep_config import RateConfig, SweepConfig
+from llm_jax.scaling.sweep.config import RateConfig, SweepConfig
 
 
 def get_config() -> SweepConfig:

@@ -15,7 +15,7 @@ import sys
 from absl import flags
 
 from experiments import cli
-from llm_jax.scaling.sweep_config import SweepConfig
+from llm_jax.scaling.sweep.config import SweepConfig
 
 _CONFIG = cli.define_config(SweepConfig)
 _OUTPUT = flags.DEFINE_string(
@@ -58,20 +58,20 @@ def main(argv: list[str]) -> None:
 
     from pathlib import Path
 
-    from llm_jax.scaling import sweep, sweep_grid
+    from llm_jax.scaling.sweep import grid, runner
 
     output = Path(_OUTPUT.value).absolute()
     if _DRY_RUN.value or _PRINT_COMMANDS.value or _COLLECT.value:
-        trunks = sweep_grid.trunks(cfg, sweep.prepare(cfg, output))
+        trunks = grid.trunks(cfg, runner.prepare(cfg, output))
         if _COLLECT.value:
-            sweep.finish(cfg, trunks, output)
+            runner.finish(cfg, trunks, output)
         elif _PRINT_COMMANDS.value:
             for trunk in trunks:
                 print(shlex.join(["python", *_command(trunk)]))
         else:
-            print(sweep_grid.describe(cfg, trunks))
+            print(grid.describe(cfg, trunks))
         return
-    rows = sweep.run_sweep(
+    rows = runner.run_sweep(
         cfg,
         output,
         lambda trunk: [sys.executable, *_command(trunk)],
@@ -88,13 +88,13 @@ def _run_one(cfg: SweepConfig) -> None:
 
     xla_flags.configure(cfg.run.log)
     with _JOB():
-        from llm_jax.scaling import sweep_worker
+        from llm_jax.scaling.sweep import worker
 
         try:
-            finished = sweep_worker.run_only(
+            finished = worker.run_only(
                 cfg, _OUTPUT.value, _ONLY.value, retry_failed=_RETRY_FAILED.value
             )
-        except sweep_worker.Busy as e:
+        except worker.Busy as e:
             print(f"error: {e}", file=sys.stderr)
             sys.exit(75)
     if not finished:

@@ -10,8 +10,8 @@ from jax.sharding import AbstractMesh, AxisType
 
 from llm_jax import config as configs
 from llm_jax import sharding
-from llm_jax.scaling.sweep_config import SweepConfig, validate_sweep
-from llm_jax.scaling.sweep_grid import run_config, trunks
+from llm_jax.scaling.sweep.config import SweepConfig, validate_sweep
+from llm_jax.scaling.sweep.grid import run_config, trunks
 from llm_jax.train.program import lower
 
 ROOT = Path(__file__).parents[1]

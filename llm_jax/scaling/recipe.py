@@ -19,7 +19,7 @@ from llm_jax.config import (
 from llm_jax.models.presets import llama
 from llm_jax.scaling import shapes
 from llm_jax.scaling.plan import BYTES
-from llm_jax.scaling.sweep_config import SweepConfig
+from llm_jax.scaling.sweep.config import SweepConfig
 
 # Batch and learning rate by training FLOPs: DeepSeek-AI 2024 (arXiv 2401.02954), section 3.1, for
 # AdamW (0.9, 0.95, weight decay 0.1). Fitted from 1e17 to 2e19 FLOPs; their 67B of 8e23 follows it.

@@ -15,7 +15,7 @@ from llm_jax.models.presets import llama
 from llm_jax.nn.params import count
 from llm_jax.scaling import from_law, parameters, recipe, shapes
 from llm_jax.scaling.assumptions import Assumptions
-from llm_jax.scaling.sweep_config import SweepConfig
+from llm_jax.scaling.sweep.config import SweepConfig
 from llm_jax.train.program import lower
 
 PARAMS = {"E": 1.8, "A": 480.0, "B": 2000.0, "alpha": 0.35, "beta": 0.366}

@@ -8,7 +8,7 @@ from llm_jax import models
 from llm_jax.config import TrainConfig
 from llm_jax.nn.params import count, flatten
 from llm_jax.scaling.flops import CONVENTIONS
-from llm_jax.scaling.sweep_config import SweepConfig
+from llm_jax.scaling.sweep.config import SweepConfig
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ import pytest
 
 from llm_jax import config as configs
 from llm_jax.config import ModelConfig, OptimizerConfig, TrainConfig
-from llm_jax.scaling import sweep, sweep_output
-from llm_jax.scaling.sweep_config import RateConfig, SweepConfig, validate_sweep
-from llm_jax.scaling.sweep_grid import describe, trunks
-from llm_jax.scaling.sweep_tuning import best_rate
+from llm_jax.scaling.sweep import output as files
+from llm_jax.scaling.sweep import runner
+from llm_jax.scaling.sweep.config import RateConfig, SweepConfig, validate_sweep
+from llm_jax.scaling.sweep.grid import describe, trunks
+from llm_jax.scaling.sweep.tuning import best_rate
 
 VOCAB = 100
 
@@ -38,7 +39,7 @@ def all_points(cfg):
 def test_a_budget_is_met_within_half_a_step(convention):
     cfg = config(flops=convention)
     for trunk, point in all_points(cfg):
-        row = sweep_output.row(cfg, trunk, point, None)
+        row = files.row(cfg, trunk, point, None)
         assert row["D"] == point.steps * 64
         assert abs(row["C"] - point.budget) <= 0.5 * 64 * trunk.size.flops
         n = {"6nd": row["N"], "kaplan": row["N_non_embedding"]}.get(convention)
@@ -161,7 +162,7 @@ def test_a_config_survives_json_and_every_key_is_one_of_the_grid_or_not():
     again = configs.from_dict(SweepConfig, json.loads(json.dumps(configs.to_dict(cfg))))
     assert configs.freeze(again) == configs.freeze(cfg)
     names = {f.name for f in dataclasses.fields(SweepConfig)}
-    assert set(sweep.GRID_KEYS) <= names and isinstance(cfg.rate, RateConfig)
+    assert set(runner.GRID_KEYS) <= names and isinstance(cfg.rate, RateConfig)
 
 
 def test_the_table_of_the_grid_names_every_run():
@@ -173,12 +174,12 @@ def test_the_table_of_the_grid_names_every_run():
 
 def test_workers_share_the_machine(monkeypatch):
     def slots(kinds, jobs=0, most=9, cores=8, **env):
-        monkeypatch.setattr(sweep, "accelerators", lambda: [(k, k) for k in kinds])
-        monkeypatch.setattr(sweep.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)  # fmt: skip
+        monkeypatch.setattr(runner, "accelerators", lambda: [(k, k) for k in kinds])
+        monkeypatch.setattr(runner.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)  # fmt: skip
         monkeypatch.delenv("JAX_PLATFORMS", raising=False)
         for name, value in env.items():
             monkeypatch.setenv(name, value)
-        return sweep.slots(cfg, jobs, most)
+        return runner.slots(cfg, jobs, most)
 
     cfg = config()
     assert [s.cpus for s in slots([], 2, cores=4)] == [(0, 1), (2, 3)]
@@ -195,7 +196,7 @@ def test_workers_share_the_machine(monkeypatch):
     assert [s.environment["CUDA_VISIBLE_DEVICES"] for s in pairs] == ["4,5", "6,7"]
     with pytest.raises(ValueError, match="devices=2"):
         slots(["cuda"], CUDA_VISIBLE_DEVICES="0")
-    assert slots(["tpu"] * 4) == [sweep.Slot((), {})]
+    assert slots(["tpu"] * 4) == [runner.Slot((), {})]
     with pytest.raises(ValueError, match="--jobs=2"):
         slots(["tpu"] * 4, 2)
     assert slots(["tpu"], 1, JAX_PLATFORMS="cpu")[0].cpus  # asked for the CPU on purpose

@@ -8,9 +8,10 @@ import pytest
 
 from llm_jax import config as configs
 from llm_jax.config import EvalConfig, LogConfig, ModelConfig, OptimizerConfig, TrainConfig
-from llm_jax.scaling import sweep, sweep_output, sweep_tuning, sweep_worker
-from llm_jax.scaling.sweep_config import SweepConfig
-from llm_jax.scaling.sweep_grid import trunks
+from llm_jax.scaling.sweep import output as files
+from llm_jax.scaling.sweep import runner, tuning, worker
+from llm_jax.scaling.sweep.config import SweepConfig
+from llm_jax.scaling.sweep.grid import trunks
 from llm_jax.train.loop import train
 
 TOKENS_A_STEP = 8 * 16
@@ -40,10 +41,10 @@ def config(corpus, **changes) -> SweepConfig:
 
 def run_all(cfg, output, **options) -> list[dict]:
     """The sweep in this process, one trunk after another; the rows of its runs.csv."""
-    found = trunks(cfg, sweep.prepare(cfg, output))
+    found = trunks(cfg, runner.prepare(cfg, output))
     for trunk in found:
-        sweep_worker.run_only(cfg, output, trunk.name, **options)
-    sweep.finish(cfg, found, output, say=lambda _: None)
+        worker.run_only(cfg, output, trunk.name, **options)
+    runner.finish(cfg, found, output, say=lambda _: None)
     with (output / "runs.csv").open() as f:
         return list(csv.DictReader(f))
 
@@ -80,12 +81,12 @@ def test_a_branch_is_the_run_that_one_process_would_have_made(corpus, swept, tmp
 
 def test_what_a_sweep_leaves(corpus, swept):
     output, rows = swept
-    assert tuple(rows[0]) == sweep_output.COLUMNS
+    assert tuple(rows[0]) == files.COLUMNS
     assert [r["status"] for r in rows] == ["finished"] * 2 and not any(r["error"] for r in rows)
     assert not list(output.glob("runs/*/*/checkpoints/*"))  # disk is given back
     with (output / "curves.csv").open() as f:
         curve = list(csv.DictReader(f))
-    assert tuple(curve[0]) == sweep_output.CURVE_COLUMNS
+    assert tuple(curve[0]) == files.CURVE_COLUMNS
     steps = [int(p["step"]) for p in curve]
     assert steps[0] > 3 and steps[-1] == 20 and steps == sorted(set(steps))
     assert all(int(p["D"]) == int(p["step"]) * TOKENS_A_STEP for p in curve)
@@ -104,7 +105,7 @@ def test_another_config_is_refused_and_a_larger_grid_is_not(corpus, swept):
     """A run that is added later leaves a trunk that has long passed it; the others stay."""
     output, rows = swept
     with pytest.raises(ValueError, match=r"run.optimizer.b2=0.9 \(was 0.95\).*another folder"):
-        sweep.prepare(config(corpus, **{"run.optimizer.b2": 0.9}), output)
+        runner.prepare(config(corpus, **{"run.optimizer.b2": 0.9}), output)
     curves = (output / "curves.csv").read_text()
     larger = config(corpus, tokens=tuple(n * TOKENS_A_STEP for n in (20, 15, 25)))
     first, added, last = run_all(larger, output)
@@ -138,7 +139,7 @@ def test_a_tuned_rate_is_recorded_and_used(corpus, tmp_path, monkeypatch):
             raise ValueError("non-finite steps")
         return {"eval_loss": 3 + math.log(run.optimizer.learning_rate / 2e-2) ** 2}
 
-    monkeypatch.setattr(sweep_tuning, "train", short_run)
+    monkeypatch.setattr(tuning, "train", short_run)
     cfg = config(corpus, tokens=(15 * TOKENS_A_STEP,), branches=False)
     cfg.rate.rule, cfg.rate.exponent = "tuned", 0.0
     cfg.rate.tuning_factors = (0.1, 1.0, 10.0, 100.0)
@@ -155,9 +156,9 @@ def test_a_tuned_rate_is_recorded_and_used(corpus, tmp_path, monkeypatch):
 
 def test_one_process_a_trunk(corpus, tmp_path):
     cfg = config(corpus)
-    (trunk,) = trunks(cfg, sweep.prepare(cfg, tmp_path))
-    with sweep_worker._alone(sweep_output.trunk_folder(tmp_path, trunk)):
-        with pytest.raises(sweep_worker.Busy):
-            sweep_worker.run_only(config(corpus), tmp_path, trunk.name)
+    (trunk,) = trunks(cfg, runner.prepare(cfg, tmp_path))
+    with worker._alone(files.trunk_folder(tmp_path, trunk)):
+        with pytest.raises(worker.Busy):
+            worker.run_only(config(corpus), tmp_path, trunk.name)
     with pytest.raises(ValueError, match=f"--only=w16.*did you mean {trunk.name}"):
-        sweep_worker.run_only(config(corpus), tmp_path, trunk.name[:-1])
+        worker.run_only(config(corpus), tmp_path, trunk.name[:-1])

@@ -18,11 +18,11 @@ from typing import Any
 
 from llm_jax import config as configs
 from llm_jax.config import TrainConfig
-from llm_jax.scaling import sweep, sweep_data, sweep_grid
-from llm_jax.scaling import sweep_output as files
-from llm_jax.scaling.sweep_config import SweepConfig
-from llm_jax.scaling.sweep_grid import Point, Size, Trunk, run_config
-from llm_jax.scaling.sweep_tuning import tune
+from llm_jax.scaling.sweep import data, grid, runner
+from llm_jax.scaling.sweep import output as files
+from llm_jax.scaling.sweep.config import SweepConfig
+from llm_jax.scaling.sweep.grid import Point, Size, Trunk, run_config
+from llm_jax.scaling.sweep.tuning import tune
 from llm_jax.train import checkpoint, distributed
 from llm_jax.train.loop import train
 
@@ -37,11 +37,11 @@ def run_only(
     """`run_trunk` of the trunk with this name, on all processes of a job; prepares the sweep first.
 
     Raises:
-      ValueError: there is no such trunk, or what `sweep.prepare` finds.
+      ValueError: there is no such trunk, or what `runner.prepare` finds.
     """
     output = Path(output).absolute()
-    vocab_size = _on_main("prepare", lambda: sweep.prepare(configs.thaw(cfg), output))
-    trunks = sweep_grid.trunks(configs.freeze(cfg), int(vocab_size))
+    vocab_size = _on_main("prepare", lambda: runner.prepare(configs.thaw(cfg), output))
+    trunks = grid.trunks(configs.freeze(cfg), int(vocab_size))
     chosen = [t for t in trunks if t.name == name]
     if not chosen:
         near = difflib.get_close_matches(name, [t.name for t in trunks], n=1)
@@ -124,7 +124,7 @@ def _run_point(cfg: SweepConfig, trunk: Trunk, point: Point, output: Path, rate:
 def base_config(cfg: SweepConfig, size: Size, seed: int, rate: float, output: Path) -> TrainConfig:
     """The mutable config of a run on the sweep's own tokens that saves its last state alone."""
     run = run_config(cfg, size, seed, rate)
-    sweep_data.read_shared(run, output)
+    data.read_shared(run, output)
     run.checkpoint.keep_last, run.checkpoint.keep_best = 1, 0
     return run
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm_jax import config as configs
-from llm_jax.scaling import sweep_data, sweep_grid
-from llm_jax.scaling import sweep_output as files
-from llm_jax.scaling.sweep_config import GRID_KEYS, SweepConfig, validate_sweep
-from llm_jax.scaling.sweep_grid import Point, Trunk
+from llm_jax.scaling.sweep import data, grid
+from llm_jax.scaling.sweep import output as files
+from llm_jax.scaling.sweep.config import GRID_KEYS, SweepConfig, validate_sweep
+from llm_jax.scaling.sweep.grid import Point, Trunk
 from llm_jax.train.accelerators import accelerators
 from llm_jax.train.environment import config_changes
 
@@ -38,7 +38,7 @@ class Slot(NamedTuple):
 def prepare(cfg: SweepConfig, output: Path) -> int:
     """Checks and freezes the config, tokenises the text, writes sweep.json.
 
-    Returns the size of the vocabulary, from which `sweep_grid.trunks` makes the grid.
+    Returns the size of the vocabulary, from which `grid.trunks` makes the grid.
 
     Raises:
       ValueError: what cannot work, or a config that does not go with what `output` holds.
@@ -55,7 +55,7 @@ def prepare(cfg: SweepConfig, output: Path) -> int:
                 f"--output={output} holds a sweep of another config: {changes[0]}; set it back or "
                 "choose another folder"
             )
-    vocab_size = sweep_data.prepare(cfg.run, output)
+    vocab_size = data.prepare(cfg.run, output)
     files.write_description(cfg, output)
     return vocab_size
 
@@ -72,7 +72,7 @@ def run_sweep(
     """Runs what is not finished of a sweep; returns the rows of its runs.csv.
 
     Args:
-      command: a trunk -> the command that runs `sweep_worker.run_trunk` for it and ends with one of
+      command: a trunk -> the command that runs `worker.run_trunk` for it and ends with one of
         WORKER_EXITS, BUSY_EXIT or SIGTERM_EXIT.
       jobs: workers at a time; 0: one for each accelerator, or for each core.
       retry_failed: runs that ended with an error are tried again.
@@ -82,7 +82,7 @@ def run_sweep(
       SystemExit: 143 after SIGTERM or Ctrl-C, once all workers have saved.
     """
     output = Path(output).absolute()
-    trunks = sweep_grid.trunks(cfg, prepare(cfg, output))
+    trunks = grid.trunks(cfg, prepare(cfg, output))
     for trunk in trunks if retry_failed else ():
         files.forget_failures(output, trunk)
     todo = [t for t in trunks if any(files.is_open(output, t, p) for p in t.points)]

@@ -12,15 +12,15 @@ import pytest
 
 from llm_jax import config as configs
 from llm_jax.config import OptimizerConfig, TokenizerConfig, TrainConfig
-from llm_jax.scaling import sweep
-from llm_jax.scaling.sweep_config import SweepConfig
+from llm_jax.scaling.sweep import runner
+from llm_jax.scaling.sweep.config import SweepConfig
 
 FINISH = 'for r in "$@"; do echo \'{"status": "finished", "loss": 2.5}\' > "$r/result.json"; done; '
 
 
 @pytest.fixture
 def cfg(corpus, monkeypatch):
-    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.02)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     return SweepConfig(
         run=TrainConfig(
@@ -57,7 +57,7 @@ def test_a_worker_that_is_killed_is_recorded_and_the_rest_runs(cfg, tmp_path):
     said = []
     dies = 'echo "about to allocate"; echo \'{"status": "finished", "loss": 3.0}\' > "$1/result.json"; kill -9 $$'
     command = workers(tmp_path, FINISH, of_one=dies)
-    rows = sweep.run_sweep(cfg, tmp_path, command, jobs=2, say=said.append)
+    rows = runner.run_sweep(cfg, tmp_path, command, jobs=2, say=said.append)
     assert statuses(rows) == {
         16: ["finished"] * 2,
         32: ["finished", "failed"],
@@ -73,27 +73,27 @@ def test_a_worker_that_is_killed_is_recorded_and_the_rest_runs(cfg, tmp_path):
     def forbidden(trunk):
         raise AssertionError(f"{trunk.name} is started again")
 
-    assert sweep.run_sweep(cfg, tmp_path, forbidden, say=said.append) == rows
-    again = sweep.run_sweep(cfg, tmp_path, workers(tmp_path, FINISH), retry_failed=True, say=print)
+    assert runner.run_sweep(cfg, tmp_path, forbidden, say=said.append) == rows
+    again = runner.run_sweep(cfg, tmp_path, workers(tmp_path, FINISH), retry_failed=True, say=print)
     assert statuses(again) == {w: ["finished"] * 2 for w in (16, 32, 48)}
     assert [r["loss"] for r in again if r["width"] == 32] == [2.5, 2.5]  # of one trunk, run again
 
 
 def test_a_worker_that_cannot_start_and_one_that_is_busy(cfg, tmp_path):
     broken = 'echo "error: --config=x: no such file" >&2; exit 1'
-    rows = sweep.run_sweep(cfg, tmp_path, workers(tmp_path, FINISH, of_one=broken), jobs=1)
+    rows = runner.run_sweep(cfg, tmp_path, workers(tmp_path, FINISH, of_one=broken), jobs=1)
     errors = {r["error"] for r in rows if r["width"] == 32}
     assert errors == {"the worker ended with exit code 1: error: --config=x: no such file"}
     # Another process has it: that is no failure, and none of our business.
     busy = tmp_path / "busy"
-    rows = sweep.run_sweep(cfg, busy, workers(busy, FINISH, of_one="exit 75"), jobs=1)
+    rows = runner.run_sweep(cfg, busy, workers(busy, FINISH, of_one="exit 75"), jobs=1)
     assert statuses(rows)[32] == ["unfinished"] * 2 and statuses(rows)[16] == ["finished"] * 2
 
 
 def test_as_many_at_a_time_as_jobs_each_on_its_cores(cfg, tmp_path):
     log = tmp_path / "log"
     script = f"echo start >> {log}; taskset -p $$ >> {log}.cores; sleep 0.2; echo end >> {log}; "
-    sweep.run_sweep(cfg, tmp_path, workers(tmp_path, script + FINISH), jobs=2)
+    runner.run_sweep(cfg, tmp_path, workers(tmp_path, script + FINISH), jobs=2)
     running = most = 0
     for line in log.read_text().split():
         running += 1 if line == "start" else -1
@@ -118,10 +118,10 @@ def test_sigterm_lets_workers_save_and_the_same_command_goes_on(cfg, tmp_path):
     threading.Thread(target=stop, daemon=True).start()
     begin = time.monotonic()
     with pytest.raises(SystemExit) as stopped:
-        sweep.run_sweep(cfg, tmp_path, workers(tmp_path, saves), jobs=2)
+        runner.run_sweep(cfg, tmp_path, workers(tmp_path, saves), jobs=2)
     assert stopped.value.code == 143 and time.monotonic() - begin < 50
     assert (tmp_path / "saved").read_text() == "saved\n" * 2  # and the third was not started
     assert signal.getsignal(signal.SIGTERM) is before
     assert not list(tmp_path.glob("runs/*/*/result.json"))
-    rows = sweep.run_sweep(cfg, tmp_path, workers(tmp_path, FINISH), jobs=2)
+    rows = runner.run_sweep(cfg, tmp_path, workers(tmp_path, FINISH), jobs=2)
     assert statuses(rows) == {w: ["finished"] * 2 for w in (16, 32, 48)}

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from llm_jax.data.shards import lock
-from llm_jax.scaling import sweep_output as files
-from llm_jax.scaling.sweep_config import SweepConfig
-from llm_jax.scaling.sweep_grid import Trunk, power_rate
+from llm_jax.scaling.sweep import output as files
+from llm_jax.scaling.sweep.config import SweepConfig
+from llm_jax.scaling.sweep.grid import Trunk, power_rate
 from llm_jax.train.loop import train
 
 

@@ -21,8 +21,8 @@ from typing import Any
 
 from llm_jax import config as configs
 from llm_jax.report import read_metrics
-from llm_jax.scaling.sweep_config import SweepConfig
-from llm_jax.scaling.sweep_grid import Point, Trunk
+from llm_jax.scaling.sweep.config import SweepConfig
+from llm_jax.scaling.sweep.grid import Point, Trunk
 
 COLUMNS = (
     "run", "status", "width", "layers", "heads", "N", "N_non_embedding", "N_embedding", "N_head",
