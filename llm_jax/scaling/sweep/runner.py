@@ -196,8 +196,7 @@ class _Runner:
     def _start(self, trunk: Trunk, slot: Slot) -> subprocess.Popen:
         folder = files.trunk_folder(self.output, trunk)
         folder.mkdir(parents=True, exist_ok=True)
-        pin = (lambda: os.sched_setaffinity(0, slot.cpus)) if slot.cpus else None
-        with (folder / "worker.log").open("a") as log:
+        with (folder / "worker.log").open("a") as log, _pinned(slot.cpus):
             return subprocess.Popen(
                 self.command(trunk),
                 env={**os.environ, **slot.environment},
@@ -205,7 +204,6 @@ class _Runner:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C comes to us, who pass it on once
-                preexec_fn=pin,
             )
 
     def _ended(self, trunk: Trunk, code: int) -> None:
@@ -231,6 +229,21 @@ class _Runner:
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _pinned(cpus: tuple[int, ...]) -> Iterator[None]:
+    """This thread on these cores, and so what it starts: code of ours between fork and exec could
+    hang, as jax has threads."""
+    if not cpus:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 class _Progress:

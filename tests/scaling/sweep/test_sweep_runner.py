@@ -92,7 +92,12 @@ def test_a_worker_that_cannot_start_and_one_that_is_busy(cfg, tmp_path):
 
 def test_as_many_at_a_time_as_jobs_each_on_its_cores(cfg, tmp_path):
     log = tmp_path / "log"
-    script = f"echo start >> {log}; taskset -p $$ >> {log}.cores; sleep 0.2; echo end >> {log}; "
+    # The first two wait for each other, for a minute at most; the third finds that both were there.
+    script = (
+        f"echo start >> {log}; taskset -p $$ >> {log}.cores; i=0; "
+        f"while [ $(grep -c start {log}) -lt 2 ] && [ $i -lt 600 ]; do sleep 0.1; i=$((i+1)); done; "
+        f"echo end >> {log}; "
+    )
     runner.run_sweep(cfg, tmp_path, workers(tmp_path, script + FINISH), jobs=2)
     running = most = 0
     for line in log.read_text().split():
