@@ -216,23 +216,6 @@ def search(loss: Callable[[float], float], start: float, points: int = 5) -> dic
         found[new] = loss(rate(new))
 
 
-def optimum(rates: Sequence[float], losses: Sequence[float]) -> float:
-    """The learning rate at the minimum of a parabola in log rate through the best point and its two
-    neighbours, which have to be one FACTOR apart."""
-    order = np.argsort(rates)
-    x, y = np.log(np.asarray(rates)[order]), np.asarray(losses)[order]
-    best = int(np.argmin(y))
-    if best in (0, len(y) - 1):
-        raise ValueError(
-            f"the best learning rate {math.exp(x[best]):.2e} is at the edge of what was tried"
-        )
-    before, here, after = y[best - 1 : best + 2]
-    if not math.isfinite(after):
-        return math.exp(x[best])  # one step further diverges: there is no parabola
-    shift = 0.5 * (before - after) / (before - 2 * here + after)
-    return math.exp(x[best] + shift * (x[best + 1] - x[best]))
-
-
 def mean_over_seeds(outcomes: Sequence[Outcome]) -> dict[tuple[str, int], dict[float, float]]:
     """{(parametrization, width): {learning rate: mean loss}}, of rates that every seed has."""
     losses: dict[tuple[str, int], dict[float, list[float]]] = {}

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from llm_jax import report
-from llm_jax.scaling.transfer import Outcome, growth, mean_over_seeds, optimum
+from llm_jax.scaling.learning_rates import parabola_minimum
+from llm_jax.scaling.transfer import Outcome, growth, mean_over_seeds
 
 TITLES = {"mup": "muP", "standard": "standard parametrisation"}
 
@@ -33,7 +34,7 @@ def optimum_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     that of the narrowest model."""
     rows, first = [], {}
     for (parametrization, width), by_rate in sorted(mean_over_seeds(outcomes).items()):
-        best = optimum(list(by_rate), list(by_rate.values()))
+        best = parabola_minimum(list(by_rate), list(by_rate.values()))
         first.setdefault(parametrization, best)
         n = next(o.parameters for o in outcomes if o.width == width)
         rows.append(
@@ -70,7 +71,7 @@ def transfer_plots(outcomes: Sequence[Outcome]) -> list[report.Plot]:
                     for w, c in curves.items()
                 ],
                 vlines=[
-                    report.Mark(optimum(list(c), list(c.values())))
+                    report.Mark(parabola_minimum(list(c), list(c.values())))
                     for w, c in list(curves.items())[:1]
                 ],
                 caption="The dashed line is the optimum of the narrowest model.",

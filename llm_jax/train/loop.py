@@ -55,7 +55,7 @@ class Interrupted(SystemExit):
     """The run was asked to stop, and saved; running the same command again goes on."""
 
 
-class NonFiniteError(Exception):
+class NonFiniteError(ValueError):
     """Too many steps in a row had a loss or gradient that is not finite."""
 
 
@@ -332,7 +332,7 @@ class _Run:
                     break
         except NonFiniteError as e:
             checkpoints.save(self._good(state), int(state.step), None, wait=True)
-            raise ValueError(
+            raise NonFiniteError(
                 f"{e}; the last good state is saved in {checkpoints.directory}"
             ) from None
         except BaseException:

@@ -8,6 +8,7 @@ from runs import run_config
 
 from llm_jax.data.prepare import prepare_corpus
 from llm_jax.scaling import transfer, transfer_report
+from llm_jax.scaling.learning_rates import parabola_minimum
 from llm_jax.train import in_memory
 
 
@@ -74,17 +75,17 @@ def test_search_finds_a_minimum_between_neighbours(best):
     assert rates == sorted(rates)
     np.testing.assert_allclose(np.diff(np.log(rates)), math.log(2), rtol=1e-9)
     # Exact for a parabola; the best of the rates themselves can be off by 40 %.
-    assert transfer.optimum(rates, list(found.values())) == pytest.approx(best, rel=1e-6)
+    assert parabola_minimum(rates, list(found.values())) == pytest.approx(best, rel=1e-6)
 
 
 def test_search_survives_divergence_and_refuses_an_edge():
     found = transfer.search(lambda r: math.inf if r > 0.01 else -math.log(r), 1e-3)
     assert math.isinf(found[max(found)])
-    assert transfer.optimum(list(found), list(found.values())) == pytest.approx(sorted(found)[-2])
+    assert parabola_minimum(list(found), list(found.values())) == pytest.approx(sorted(found)[-2])
     with pytest.raises(ValueError, match="keeps falling"):
         transfer.search(lambda r: r, 1e-3)
     with pytest.raises(ValueError, match="at the edge"):
-        transfer.optimum([1, 2, 4], [3, 2, 1])
+        parabola_minimum([1, 2, 4], [3, 2, 1])
 
 
 def test_an_experiment_resumes_and_refuses_another_recipe(base_and_corpus, tmp_path, monkeypatch):

@@ -199,7 +199,7 @@ def test_non_finite_steps_stop_the_run_and_save(corpus, tmp_path, monkeypatch, c
         corpus, **{"optimizer.max_bad_steps": 3, "model.dropout": 0.1, "eval.sample_tokens": 0}
     )
     with pytest.raises(
-        ValueError,
+        loop.NonFiniteError,
         match=r"3 non-finite steps in a row up to step 3 \(loss nan\).*learning_rate.*saved",
     ):
         train(cfg, tmp_path)

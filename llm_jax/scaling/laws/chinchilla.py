@@ -27,18 +27,16 @@ def fit(runs: Runs, options: Options) -> LawFit:
     point = search.point_fit(rows.problem, rows.starts(options.huber_delta), options.huber_delta)
     params = {k: float(v[0]) for k, v in named(rows, point.theta[None]).items()}
     doubts, sound = checks.doubts(params, {"A": "alpha", "B": "beta"})
-    result = LawFit(
-        law="chinchilla3",
-        params=params,
-        objective=point.objective,
-        converged=point.converged and sound,
-        n_rows=len(runs),
-        starts_at_optimum=point.starts_at_optimum,
-        seconds=time.perf_counter() - begin,
-        at=options.at or 10 * float(runs.c.max()),
-        level=options.level,
+    result = search.law_fit(
+        "chinchilla3",
+        runs,
+        options,
+        point,
+        params,
+        predict(params, runs),
+        sound=sound,
         warnings=warnings + doubts,
-        details=checks.goodness(runs.loss, predict(params, runs)),
+        begin=begin,
     )
 
     bootstrap.add_intervals(

@@ -60,18 +60,16 @@ def fit(runs: Runs, options: Options) -> LawFit:
     tied = search.point_fit(_tied(rows), starts @ np.linalg.pinv(_TIE).T, options.huber_delta)
     params = {k: float(v[0]) for k, v in rows.named(point.theta[None]).items()}
     doubts, sound = checks.doubts(params, {"A": "alpha", "B": "beta"})
-    result = LawFit(
-        law="data_constrained",
-        params=params,
-        objective=point.objective,
-        converged=point.converged and sound,
-        n_rows=len(runs),
-        starts_at_optimum=point.starts_at_optimum,
-        seconds=time.perf_counter() - begin,
-        at=options.at or 10 * float(runs.c.max()),
-        level=options.level,
+    result = search.law_fit(
+        "data_constrained",
+        runs,
+        options,
+        point,
+        params,
+        predict(params, runs),
+        sound=sound,
         warnings=warnings + doubts + _limits(params, rows, point.theta),
-        details=checks.goodness(runs.loss, predict(params, runs)),
+        begin=begin,
     )
     tied_params = rows.named((_TIE @ tied.theta)[None])
     result.details["tied"] = {

@@ -51,18 +51,16 @@ def fit(runs: Runs, options: Options) -> LawFit:
     point = search.point_fit(rows.problem, rows.starts(options.huber_delta), options.huber_delta)
     params = {k: float(v[0]) for k, v in rows.named(point.theta[None]).items()}
     doubts, sound = _doubts(params)
-    result = LawFit(
-        law="kaplan",
-        params=params,
-        objective=point.objective,
-        converged=point.converged and sound,
-        n_rows=len(runs),
-        starts_at_optimum=point.starts_at_optimum,
-        seconds=time.perf_counter() - begin,
-        at=options.at or 10 * float(runs.c.max()),
-        level=options.level,
+    result = search.law_fit(
+        "kaplan",
+        runs,
+        options,
+        point,
+        params,
+        predict(params, runs),
+        sound=sound,
         warnings=warnings + doubts,
-        details=checks.goodness(runs.loss, predict(params, runs)),
+        begin=begin,
     )
     if result.converged:
         _one_variable(result, runs, options)

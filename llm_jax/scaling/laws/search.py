@@ -5,11 +5,14 @@ have: so starts go through falling deltas, and resamples have two starts. Letter
 """
 
 import itertools
+import time
 from dataclasses import dataclass
 
 import numpy as np
 
-from llm_jax.scaling.laws import huber
+from llm_jax.scaling.laws import checks, huber
+from llm_jax.scaling.laws.result import LawFit, Options
+from llm_jax.scaling.runs import Runs
 
 SAME = 1e-9  # objectives that differ by no more (or by this share) are of one optimum
 CELLS = 4  # of a grid along each of its axes; one start each
@@ -32,6 +35,35 @@ class PointFit:
     objective: float
     converged: bool
     starts_at_optimum: float
+
+
+def law_fit(
+    law: str,
+    runs: Runs,
+    options: Options,
+    point: PointFit,
+    params: dict[str, float],
+    predicted: np.ndarray,
+    *,
+    sound: bool,
+    warnings: list[str],
+    begin: float,
+) -> LawFit:
+    """What is known of a law once its optimum is; `sound`: whether the optimum is a law at all,
+    `begin`: `time.perf_counter()` when the fit began."""
+    return LawFit(
+        law=law,
+        params=params,
+        objective=point.objective,
+        converged=point.converged and sound,
+        n_rows=len(runs),
+        starts_at_optimum=point.starts_at_optimum,
+        seconds=time.perf_counter() - begin,
+        at=options.at or 10 * float(runs.c.max()),
+        level=options.level,
+        warnings=warnings,
+        details=checks.goodness(runs.loss, predicted),
+    )
 
 
 def best_of_cells(objective_G: np.ndarray, size: int, axes: int) -> list[int]:

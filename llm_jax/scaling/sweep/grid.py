@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from llm_jax import config as configs
 from llm_jax import models
 from llm_jax.config import TrainConfig
-from llm_jax.nn.params import count, flatten
+from llm_jax.nn.params import count
 from llm_jax.scaling.flops import CONVENTIONS
+from llm_jax.scaling.parameters import parts
 from llm_jax.scaling.sweep.config import SweepConfig
 
 
@@ -156,8 +157,7 @@ def _size(cfg: SweepConfig, entry: tuple, vocab_size: int) -> Size:
     except ValueError as e:
         raise ValueError(f"sizes: {entry}: {e}") from None
     specs = models.family(run.model.family).specs(run.model)
-    n, body = count(specs), count(specs, embeddings=False)
-    embedding = sum(math.prod(s.shape) for p, s in flatten(specs).items() if p.startswith("embed/"))
+    n, part = count(specs), parts(specs)
     convention, exact = (CONVENTIONS[name] for name in (cfg.flops, "exact"))
     base, rule = run.optimizer.learning_rate, cfg.rate
     if rate:
@@ -173,9 +173,9 @@ def _size(cfg: SweepConfig, entry: tuple, vocab_size: int) -> Size:
         n_layers=n_layers,
         n_heads=n_heads,
         n=n,
-        n_non_embedding=body,
-        n_embedding=embedding,
-        n_head=n - body - embedding,
+        n_non_embedding=part["layers"],
+        n_embedding=part["embedding"],
+        n_head=part["head"],
         flops=convention(specs, run.model, run.length),
         flops_exact=exact(specs, run.model, run.length),
         rate=chosen,

@@ -1,17 +1,15 @@
 """The learning rate of a size, tuned: short runs at a few rates, and a parabola through them."""
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from llm_jax.data.shards import lock
+from llm_jax.scaling.learning_rates import best_index, parabola_minimum
 from llm_jax.scaling.sweep import output as files
 from llm_jax.scaling.sweep.config import SweepConfig
 from llm_jax.scaling.sweep.grid import Trunk, power_rate
-from llm_jax.train.loop import train
+from llm_jax.train.loop import NonFiniteError, train
 
 
 def tune(cfg: SweepConfig, trunk: Trunk, output: Path, make_config: Callable) -> float:
@@ -40,12 +38,13 @@ def tune(cfg: SweepConfig, trunk: Trunk, output: Path, make_config: Callable) ->
             run.optimizer.decay_steps = max(round(cfg.decay * run.steps), 1)
             try:
                 loss = train(run, folder / f"{rate:g}")["eval_loss"]
-            except ValueError:  # non-finite
+            except NonFiniteError:
                 loss = None
             tried.append({"rate": rate, "loss": loss})
         best, how = best_rate([t["rate"] for t in tried], [t["loss"] for t in tried])
         result = {"rate": best, "how": how, "tried": tried}
         files.write_atomically(done, json.dumps(result, indent=2) + "\n")
+        print(f"{size.name}: learning rate {best:g}, {how}", flush=True)
         return best
 
 
@@ -62,11 +61,9 @@ def best_rate(rates: list[float], losses: list[float | None]) -> tuple[float, st
             f"rate.tuning_factors: only {len(found)} of {len(rates)} learning rates gave a finite "
             "loss; lower run.optimizer.learning_rate"
         )
-    x = np.log([r for r, _ in found])
-    y = np.array([v for _, v in found])
-    i = int(np.argmin(y))
-    if i in (0, len(y) - 1):
+    rates, losses = zip(*found, strict=True)
+    i, inside = best_index(losses)
+    if not inside:
         end = "lowest" if i == 0 else "highest"
-        return found[i][0], f"the {end} rate was the best; widen rate.tuning_factors"
-    a, b, _ = np.polyfit(x[i - 1 : i + 2] - x[i], y[i - 1 : i + 2], 2)
-    return float(f"{math.exp(x[i] - b / (2 * a)):.3g}"), "minimum of the parabola"
+        return rates[i], f"the {end} rate was the best; widen rate.tuning_factors"
+    return float(f"{parabola_minimum(rates, losses):.3g}"), "minimum of the parabola"

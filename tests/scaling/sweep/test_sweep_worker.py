@@ -12,7 +12,7 @@ from llm_jax.scaling.sweep import output as files
 from llm_jax.scaling.sweep import runner, tuning, worker
 from llm_jax.scaling.sweep.config import SweepConfig
 from llm_jax.scaling.sweep.grid import trunks
-from llm_jax.train.loop import train
+from llm_jax.train.loop import NonFiniteError, train
 
 TOKENS_A_STEP = 8 * 16
 
@@ -136,7 +136,7 @@ def test_a_tuned_rate_is_recorded_and_used(corpus, tmp_path, monkeypatch):
     def short_run(run, folder):
         tried.append((run.optimizer.learning_rate, run.steps, run.optimizer.schedule))
         if run.optimizer.learning_rate > 0.5:
-            raise ValueError("non-finite steps")
+            raise NonFiniteError("non-finite steps")
         return {"eval_loss": 3 + math.log(run.optimizer.learning_rate / 2e-2) ** 2}
 
     monkeypatch.setattr(tuning, "train", short_run)
@@ -152,6 +152,17 @@ def test_a_tuned_rate_is_recorded_and_used(corpus, tmp_path, monkeypatch):
     # A run on its own, with the schedule of the config.
     saved = json.loads(next(tmp_path.glob("runs/*/*/config.json")).read_text())["optimizer"]
     assert saved["schedule"] == "cosine" and saved["learning_rate"] == tuned["rate"]
+
+
+def test_an_error_while_tuning_is_not_taken_for_divergence(corpus, tmp_path, monkeypatch):
+    def short_run(run, folder):
+        raise ValueError("the disk is full")
+
+    monkeypatch.setattr(tuning, "train", short_run)
+    cfg = config(corpus, tokens=(15 * TOKENS_A_STEP,), branches=False)
+    cfg.rate.rule = "tuned"
+    (row,) = run_all(cfg, tmp_path)
+    assert row["status"] == "failed" and "the disk is full" in row["error"]
 
 
 def test_one_process_a_trunk(corpus, tmp_path):
