@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "llm_jax"
 CHAIN = [
-    {"types", "config", "config_base"},
+    {"types", "config"},
     {"sharding"},
     {"nn"},
     {"mesh"},

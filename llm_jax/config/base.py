@@ -8,6 +8,9 @@ import difflib
 import json
 from typing import Any
 
+# What every config class is decorated with.
+settings = dataclasses.dataclass(kw_only=True, slots=True, unsafe_hash=True)
+
 
 class Config:
     """Base of all config dataclasses: refuses unknown names, and everything after `freeze`."""
