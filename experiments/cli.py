@@ -2,6 +2,7 @@
 errors as one line."""
 
 import difflib
+import json
 import os
 import re
 import sys
@@ -107,6 +108,20 @@ def check_config_flags(argv: Sequence[str], cls: type = TrainConfig, name: str =
                 kind = known[part]
                 holder = kind if isinstance(kind, type) and issubclass(kind, Config) else None
                 where = f"{where}.{part}"
+
+
+def show_run(summary: dict, workdir: str) -> None:
+    """Prints a run's last sample, its numbers, and where the report is."""
+    samples = os.path.join(workdir, "samples.jsonl")
+    if os.path.exists(samples):
+        with open(samples) as f:
+            *_, last = f
+        sample = json.loads(last)
+        print(f"\nsample after step {sample['step']}:\n{sample['prompt']}{sample['text']}\n")
+    for key, value in summary.items():
+        if value is not None:
+            print(f"{key:22} {value:,.4f}" if isinstance(value, float) else f"{key:22} {value}")
+    print(f"report: {os.path.join(workdir, 'report.md')}")
 
 
 def report(error: BaseException) -> None:

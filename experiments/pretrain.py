@@ -7,9 +7,6 @@
 On many machines the same command runs on each of them: experiments/launch, docs/run_on_a_pod.md.
 """
 
-import json
-import os
-
 from absl import flags
 
 from experiments import cli
@@ -73,21 +70,7 @@ def main(argv: list[str]) -> None:
             compare=report_rows,
         )
         if distributed.is_main() and not _DRY_RUN.value:
-            _show(summary)
-
-
-def _show(summary: dict) -> None:
-    """The last sample, the numbers, and where the report is."""
-    samples = os.path.join(_WORKDIR.value, "samples.jsonl")
-    if os.path.exists(samples):
-        with open(samples) as f:
-            *_, last = f
-        sample = json.loads(last)
-        print(f"\nsample after step {sample['step']}:\n{sample['prompt']}{sample['text']}\n")
-    for key, value in summary.items():
-        if value is not None:
-            print(f"{key:22} {value:,.4f}" if isinstance(value, float) else f"{key:22} {value}")
-    print(f"report: {os.path.join(_WORKDIR.value, 'report.md')}")
+            cli.show_run(summary, _WORKDIR.value)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ import numpy as np
 
 from llm_jax import config as configs
 from llm_jax import models, sharding, tokenizers
-from llm_jax.config import MeshConfig, TrainConfig
+from llm_jax.config import MeshConfig, PeftConfig, TrainConfig
 from llm_jax.decode.generate import Completion, generate
 from llm_jax.eval.likelihood import text_log_probs
 from llm_jax.interop import huggingface, pretrained
 from llm_jax.interop.model_card import model_card
+from llm_jax.peft import lora
 from llm_jax.tokenizers.export import huggingface_files
-from llm_jax.train import checkpoint
+from llm_jax.train import base_model, checkpoint
 from llm_jax.types import Array, Batch, PyTree
 
 
@@ -86,17 +87,34 @@ class Model:
         ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         return self.generate([ids], **sampling)[0].strip()
 
+    def merged(self) -> "Model":
+        """The same model with plain arrays: adapters added to their matrices, quantised ones as
+        they are computed with. It can be saved, exported, and tuned anew.
+
+        Raises:
+          ValueError: what was trained is no change of the model's parameters (a prompt or prefix).
+        """
+        if "prefix" in self.params:
+            raise ValueError(
+                f"peft.method={self.config.peft.method} trains tokens in front of a text, which no "
+                "parameter of the model can stand for; keep its run's folder"
+            )
+        config = configs.thaw(self.config)
+        config.peft = PeftConfig()
+        return Model(configs.freeze(config), lora.merge(self.params), self.tokenizer, self.mesh)
+
     def save(self, folder: str | Path) -> None:
         """Writes a checkpoint into a new folder, from which `load`, every binary and
-        `checkpoint.init_from` start.
+        `checkpoint.init_from` start; a model with adapters is `merged` first.
 
         Raises:
           FileExistsError: the folder is there and not empty.
           OSError: it cannot be written.
         """
+        plain = self.merged()
         with huggingface.new_folder(folder) as new:
-            checkpoint.save_params(new / "checkpoints", self.config, self.tokenizer, self.params)
-            configs.save(self.config, new / "config.json")
+            checkpoint.save_params(new / "checkpoints", plain.config, plain.tokenizer, plain.params)
+            configs.save(plain.config, new / "config.json")
 
     def export(
         self,
@@ -115,14 +133,14 @@ class Model:
           FileExistsError: the folder is there and not empty.
           ValueError: no architecture of transformers computes this model.
         """
-        t, notes = self.tokenizer, []
+        t, notes, params = self.tokenizer, [], self.merged().params
         ends = tuple(dict.fromkeys([t.eos_id, *self.config.tokenizer.end_tokens]))
         ids = {"bos": t.bos_id, "eos": t.eos_id if len(ends) < 2 else list(ends), "pad": t.pad_id}
         with huggingface.new_folder(folder) as new:
             values = huggingface.save(
                 new,
                 self.config.model,
-                self.params,
+                params,
                 dtype=dtype,
                 shard_bytes=shard_bytes,
                 token_ids=ids,
@@ -150,6 +168,7 @@ def load(
     *,
     source: str | None = None,
     tokenizer: str | Path | None = None,
+    base: str | Path | None = None,
     mesh: MeshConfig | None = None,
     dtype: str | None = None,
 ) -> Model:
@@ -160,6 +179,7 @@ def load(
       source: "llm_jax", "hf", "gguf" or "llama2c"; None: by its looks.
       tokenizer: a tokenizer to use in place of the one that comes along; a llama2.c file without
         one beside it needs it.
+      base: where the base model of a run with PEFT is now, if it has moved.
       mesh: None puts everything on one device, whatever mesh it was trained on.
       dtype: what weights of other formats are kept in; None: the type that the model computes in,
         which is float32 on a CPU and bfloat16 elsewhere. Exporting what was kept in bfloat16
@@ -179,8 +199,11 @@ def load(
         config = imported_config(found)
         return Model(config, found.params, found.tokenizer, device_mesh)
     config = checkpoint.load_config(path)
-    specs = models.family(config.model.family).specs(config.model)
-    params = checkpoint.load_params(path, specs, device_mesh)
+    if config.peft.method == "none":
+        specs = models.family(config.model.family).specs(config.model)
+        params = checkpoint.load_params(path, specs, device_mesh)
+    else:
+        params = base_model.load_tuned(path, config, device_mesh, base)
     own = tokenizers.load(tokenizer) if tokenizer else checkpoint.load_tokenizer(path)
     return Model(config, params, own, device_mesh)
 

@@ -15,7 +15,7 @@ import sysconfig
 import tokenize
 from collections.abc import Iterable, Iterator
 
-NAMES = ("docs", "docstrings", "source", "topics")
+NAMES = ("docs", "docstrings", "questions", "source", "topics")
 
 # Tests, programs beside the library, generated tables (a hundred codecs share one docstring but for
 # a name), the text of `topics` as code, and what is not part of Python.
@@ -41,6 +41,7 @@ def documents(name: str) -> Iterator[tuple[str, str]]:
     docstrings  each distinct docstring of the standard library once, 1.5 MB
     docs        both, mixed: any part of it, such as the last tenth, is a fair sample
     source      the source files of the standard library, 9 MB
+    questions   `questions`, each with its answer in one text, 1 MB
 
     Raises ValueError for another name.
     """
@@ -51,6 +52,8 @@ def documents(name: str) -> Iterator[tuple[str, str]]:
     elif name == "docs":
         both = _distinct([*_topics(), *docstrings()])
         yield from sorted(both, key=lambda document: _digest(document[0]))
+    elif name == "questions":
+        yield from ((n, f"{question}\n{answer}\n") for n, question, answer in questions())
     elif name == "source":
         yield from ((module, _source(path)) for module, path in _modules())
     else:
@@ -85,6 +88,40 @@ def _docstrings() -> Iterator[tuple[str, str]]:
                 yield name, inspect.cleandoc(text).strip() + "\n"
             inner = [n for n in node.body if isinstance(n, _DOCUMENTED)]
             stack += [(f"{name}.{n.name}", n) for n in reversed(inner)]
+
+
+_ASKED = (
+    "What does {name} do?",
+    "What is {name}?",
+    "Explain {name} in Python.",
+    "What is {name} for?",
+    "Describe {name}.",
+    "In Python, what does {name} do?",
+    "Tell me about {name}.",
+    "How would you describe {name} from the standard library?",
+)
+
+
+@functools.cache
+def questions() -> tuple[tuple[str, str, str], ...]:
+    """(qualified name, question, answer) of each public object of the standard library.
+
+    The answer is the first paragraph of its docstring. An object is asked about once, in one of
+    several phrasings, and no answer comes twice: any part of them, such as the last tenth, is a
+    fair sample that shares neither an object nor an answer with the rest.
+    """
+    answers = (
+        (name, " ".join(text.partition("\n\n")[0].split()))
+        for name, text in docstrings()
+        if not any(part.startswith("_") for part in name.split("."))
+    )
+    found = {}  # of a name that is defined twice, the last definition
+    for name, answer in _distinct(answers):
+        # A line such as "x.y(a, b) -> c" is a signature, no answer.
+        if len(answer.split()) >= 4 and "->" not in answer:
+            phrasing = _ASKED[_digest(f"phrasing of {name}")[0] % len(_ASKED)]
+            found[name] = (name, phrasing.format(name=f"`{name}`"), answer)
+    return tuple(sorted(found.values(), key=lambda row: _digest(row[0])))
 
 
 _DOCUMENTED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

@@ -90,10 +90,21 @@ def validate(config: Config) -> None:
             f"optimizer.moment_dtype={config.optimizer.moment_dtype} is for adamw and muon; "
             "adafactor's moments are small already"
         )
+    _validate_penalties(config.optimizer)
     if not 0.0 <= m.dropout < 1.0:
         raise ValueError(f"model.dropout={m.dropout} has to be in [0, 1)")
     if not 0.0 <= config.data.eval_fraction < 1.0:
         raise ValueError(f"data.eval_fraction={config.data.eval_fraction} has to be in [0, 1)")
+
+
+def _validate_penalties(o: Config) -> None:
+    for name in ("l2_to_start", "gradient_penalty"):
+        if not 0 <= getattr(o, name) < float("inf"):
+            raise ValueError(f"optimizer.{name}={getattr(o, name)} has to be at least 0")
+    if not 0 < o.gradient_penalty_radius < float("inf"):
+        raise ValueError(
+            f"optimizer.gradient_penalty_radius={o.gradient_penalty_radius} has to be above 0"
+        )
 
 
 def _validate_experts(m: ModelConfig) -> None:

@@ -88,6 +88,7 @@ class ModelConfig(Config):
     embed_scale: float = 1.0  # times the token embeddings (Gemma: sqrt(d_model))
     logit_scale: float = 0.0  # times the output logits; 0: 1, or what mup_base_width says
     dropout: float = 0.0
+    embed_noise: float = 0.0  # NEFTune's alpha: noise on the embeddings in training; 0: none
     init_std: float = 0.02  # residual projections: init_std / sqrt(2 * n_layers)
     # muP (llm_jax/nn/mup.py): the d_model, and where heads become wider with it the head_dim, at
     # which the learning rate and init_std were found; 0: the standard parametrisation.

@@ -40,6 +40,14 @@ class OptimizerConfig(Config):
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0  # global gradient norm; 0: no clipping
+    # Against forgetting, when a trained model is tuned. L2-SP (Li et al. 2018): half this times the
+    # squared distance from the parameters of the first step is added to the loss (which is logged
+    # without it). In place of weight_decay, which pulls towards 0.
+    l2_to_start: float = 0.0
+    # Zhao et al. 2022: this times the gradient's norm is added to the loss. A step takes a second
+    # gradient, at this radius along the first; penalty = radius is sharpness-aware minimisation.
+    gradient_penalty: float = 0.0
+    gradient_penalty_radius: float = 0.05
     # (pattern, decayed?) in order, first match wins, every parameter must be covered.
     decay_rules: tuple = ((r"(^|/)(scale|bias)$", False), (r".*", True))
     # (pattern, frozen?) in order, first match wins, every parameter must be covered.
@@ -55,6 +63,7 @@ class EvalConfig(Config):
     """Evaluation and samples during training."""
 
     every: int = 200  # steps; 0: only at the end
+    at_start: bool = False  # also before the first step
     rows: int = 0  # rows of the held-out text to use; 0: all
     batch_size: int = 0  # 0: the training batch size
     prompts: tuple = ("",)  # a sample is drawn from each; an empty one starts a document
@@ -101,6 +110,7 @@ class TrainConfig(Config):
     name: str = ""
     seed: int = 0
     steps: int = 1000
+    epochs: float = 0.0  # sets steps: so many passes over the training data; 0: steps as it is
     batch_size: int = 32  # rows a step, over all devices and micro-batches
     length: int = 256  # tokens a row
     accumulation: int = 1  # micro-batches a step; buys memory, not speed

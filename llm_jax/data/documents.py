@@ -13,7 +13,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,8 +70,11 @@ def read(inputs: Sequence[str], *, text_key: str = "text") -> Iterator[Document]
     return _read(items, text_key)
 
 
-def resolve(inputs: Sequence[str]) -> list[str]:
-    """Files, `hf:` and `embedded:` names, in the order in which `read` takes them."""
+def resolve(inputs: Sequence[str], suffixes: Collection[str] = TEXT | ROWS) -> list[str]:
+    """Files, `hf:` and `embedded:` names, in the order in which `read` takes them.
+
+    Of a folder the files with one of `suffixes` are taken.
+    """
     inputs = (inputs,) if isinstance(inputs, str) else inputs
     if not inputs:
         raise ValueError("there is no input; name files in --input (data.inputs)")
@@ -84,7 +87,7 @@ def resolve(inputs: Sequence[str]) -> list[str]:
                 raise ValueError(f"{given}: there are embedded:{{{','.join(corpus.NAMES)}}} only")
             items.append(given)
         elif os.path.isdir(path):
-            items += _folder(path)
+            items += _folder(path, suffixes)
         elif os.path.exists(path):
             items.append(path)
         elif glob.has_magic(path):
@@ -97,10 +100,10 @@ def resolve(inputs: Sequence[str]) -> list[str]:
     return items
 
 
-def identity(inputs: Sequence[str]) -> list[list]:
+def identity(inputs: Sequence[str], suffixes: Collection[str] = TEXT | ROWS) -> list[list]:
     """What tells whether inputs have changed: [path, bytes, time of change in ns], or [name]."""
     found = []
-    for item in resolve(inputs):
+    for item in resolve(inputs, suffixes):
         if item.startswith("embedded:"):
             found.append([item, corpus.version()])
         elif item.startswith("hf:"):
@@ -145,7 +148,8 @@ def _read(items: list[str], text_key: str) -> Iterator[Document]:
         if item.startswith("embedded:"):
             found = (Document(t, item) for _, t in corpus.documents(item.partition(":")[2]))
         elif item.startswith("hf:"):
-            found = (Document(t, item) for t in _hugging_face(item, text_key))
+            rows = _texts_of(hugging_face_rows(item), text_key, item)
+            found = (Document(text, item) for text in rows)
         else:
             found = _file(item, text_key)
         for document in found:
@@ -159,35 +163,35 @@ def _read(items: list[str], text_key: str) -> Iterator[Document]:
 
 
 def _file(path: str, text_key: str) -> Iterator[Document]:
-    suffix = _suffix(path)
+    suffix = suffix_of(path)
     if suffix in (".jsonl", ".ndjson"):
         texts = _json_lines(path, text_key)
     elif suffix == ".json":
         texts = _json_list(path, text_key)
     elif suffix == ".parquet":
-        texts = _parquet(path, text_key)
+        texts = _texts_of(parquet_rows(path, text_key), text_key, path)
     else:
         return _plain(path)
     return (Document(text, path) for text in texts)
 
 
-def _suffix(path: str) -> str:
+def suffix_of(path: str) -> str:
     """The suffix that tells the format: that of the file inside, if it is packed."""
     stem, suffix = os.path.splitext(path)
     return (os.path.splitext(stem)[1] if suffix in PACKED else suffix).lower()
 
 
-def _folder(path: str) -> list[str]:
+def _folder(path: str, suffixes: Collection[str]) -> list[str]:
     found, others = [], set()
     for folder, folders, files in os.walk(path):
         folders[:] = [f for f in folders if not f.startswith(".")]
         for file in files:
             if file.startswith("."):
                 continue
-            if _suffix(file) in TEXT | ROWS:
+            if suffix_of(file) in suffixes:
                 found.append(os.path.join(folder, file))
             else:
-                others.add(_suffix(file) or file)
+                others.add(suffix_of(file) or file)
     if not found:
         there = f"only {', '.join(sorted(others)[:8])}" if others else "it has no files"
         raise FileNotFoundError(
@@ -209,7 +213,7 @@ def _nearest(path: str) -> str:
 # -------------------------------------------------------------------------------------- plain text
 
 
-def _chunks(path: str) -> Iterator[bytes]:
+def chunks(path: str) -> Iterator[bytes]:
     """The unpacked bytes of a file, at most CHUNK_BYTES at a time."""
     if path.endswith(".gz"):
         stream, damage = gzip.open(path, "rb"), (EOFError, gzip.BadGzipFile, zlib.error)
@@ -242,7 +246,7 @@ def _plain(path: str) -> Iterator[Document]:
 def _decoded(path: str) -> Iterator[str]:
     """Text of a UTF-8 file, chunk by chunk, never half a character."""
     position, rest = 0, b""  # `rest`: the bytes of a character that the chunk before cut
-    for chunk in itertools.chain(_chunks(path), (b"",)):
+    for chunk in itertools.chain(chunks(path), (b"",)):
         data = rest + chunk
         if position == 0 and data.startswith(b"\xef\xbb\xbf"):
             position, data = 3, data[3:]
@@ -280,13 +284,18 @@ def _text_of(row: object, text_key: str, where: str) -> str:
     return row[text_key]
 
 
+def _texts_of(rows: Iterable[object], text_key: str, name: str) -> Iterator[str]:
+    for number, row in enumerate(rows, 1):
+        yield _text_of(row, text_key, f"{name}: row {number}")
+
+
 def _missing_key(text_key: str, where: str, keys: Iterable[str]) -> str:
     keys = ", ".join(repr(k) for k in keys) or "none"
     return f"{where}: no key {text_key!r}; it has {keys}; set --text_key (data.text_key)"
 
 
 def _json_lines(path: str, text_key: str) -> Iterator[str]:
-    for number, position, line in _lines(path):
+    for number, position, line in lines(path):
         try:
             line = line.decode("utf-8-sig")
         except UnicodeDecodeError as e:
@@ -300,10 +309,10 @@ def _json_lines(path: str, text_key: str) -> Iterator[str]:
         yield _text_of(row, text_key, f"{path}:{number}")
 
 
-def _lines(path: str) -> Iterator[tuple[int, int, bytes]]:
-    """(line number from 1, byte offset, line without its end)."""
+def lines(path: str) -> Iterator[tuple[int, int, bytes]]:
+    """Lines of a file: (line number from 1, byte offset, line without its end)."""
     number, position, rest = 1, 0, b""
-    for chunk in _chunks(path):
+    for chunk in chunks(path):
         *lines, rest_of_chunk = chunk.split(b"\n")
         for line in lines:
             line, rest = rest + line, b""
@@ -339,30 +348,28 @@ def _json_list(path: str, text_key: str) -> Iterator[str]:
         raise ValueError(f"{path}: the list does not end after row {number}; the file is cut short")
 
 
-def _parquet(path: str, text_key: str) -> Iterator[str]:
+def parquet_rows(path: str, text_key: str = "") -> Iterator[dict[str, Any]]:
+    """Rows of a .parquet file, with `text_key` alone or with all columns."""
     parquet = _import("pyarrow.parquet", "data", path)
     damage = (_import("pyarrow", "data", path).ArrowInvalid, OSError)
     try:
         with parquet.ParquetFile(path) as file:
-            if text_key not in file.schema_arrow.names:
+            if text_key and text_key not in file.schema_arrow.names:
                 raise ValueError(_missing_key(text_key, path, file.schema_arrow.names))
-            number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[text_key]):
-                for text in batch.column(0).to_pylist():
-                    number += 1
-                    yield _text_of({text_key: text}, text_key, f"{path}: row {number}")
+            columns = [text_key] if text_key else None
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                yield from batch.to_pylist()
     except damage as e:
         raise ValueError(f"{path}: damaged parquet file ({e})") from None
 
 
-def _hugging_face(name: str, text_key: str) -> Iterator[str]:
+def hugging_face_rows(name: str) -> Iterator[dict[str, Any]]:
+    """Rows of a data set, `hf:NAME[:config][:split]`, as they arrive."""
     datasets = _import("datasets", "hf", name)
     _, path, config, split = (name.split(":", 3) + ["", ""])[:4]
     if not path:
         raise ValueError(f"{name}: expected hf:NAME[:config][:split]")
-    rows = datasets.load_dataset(path, config or None, split=split or "train", streaming=True)
-    for number, row in enumerate(rows, 1):
-        yield _text_of(row, text_key, f"{name}: row {number}")
+    yield from datasets.load_dataset(path, config or None, split=split or "train", streaming=True)
 
 
 def _import(module: str, extra: str, what: str) -> Any:

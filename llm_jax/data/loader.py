@@ -13,6 +13,7 @@ from llm_jax.data.tokens import Tokens
 from llm_jax.types import Batch
 
 PREFETCHED_GROUPS = 4
+BUCKET_STEPS = 32  # rows of so many steps are sorted by length together
 GROUP_TOKENS = 1 << 14
 BLOCK_ROWS = 1024
 
@@ -39,8 +40,12 @@ class Loader:
         seed: int,
         token_lengths: np.ndarray,
         rows: np.ndarray,
+        packing: str,
+        shuffle: bool,
     ):
         self.steps = steps
+        self._buckets, self._seed = packing == "bucket", seed if shuffle else None
+        self._sorted = functools.lru_cache(maxsize=16)(self._sort)
         self._streams, self._mixture, self._token_lengths = streams, mixture, token_lengths
         self._rows, self._length = rows, length
         self.epoch_rows = {s.name: s.epoch_rows for s in streams}
@@ -50,8 +55,9 @@ class Loader:
             "batch_size": batch_size,
             "sources": [s.identity for s in streams],
         }
-        if len(streams) > 1:
-            self.identity["steps"] = steps  # the curves of the weights stretch over them
+        if len(streams) > 1 or self._buckets:
+            # The curves of the weights stretch over them, and the last of them are sorted together.
+            self.identity["steps"] = steps
 
     def batch(self, step: int) -> Batch:
         """This process's rows of a step, as numpy arrays: its blocks of the rows that a process on
@@ -75,17 +81,46 @@ class Loader:
             yield from batches
 
     def _batches(self, start: int, stop: int) -> list[Batch]:
-        steps = [self._mixture.step(s) for s in range(start, stop)]
-        source_B = np.concatenate([source[self._rows] for source, _ in steps])
-        row_B = np.concatenate([row[self._rows] for _, row in steps])
+        steps = [self._step(s) for s in range(start, stop)]
+        source_B = np.concatenate([source[self._rows] for source, _, _ in steps])
+        row_B = np.concatenate([row[self._rows] for _, row, _ in steps])
         parts = []
         for i in np.unique(source_B):
             here = source_B == i
             parts.append((here, self._streams[i].rows(row_B[here])))
         leaves = _with_bytes(_merge(parts), self._token_lengths, [s.tokens for s in self._streams])
         size = len(self._rows)
-        cuts = [slice(i * size, (i + 1) * size) for i in range(len(steps))]
+        cuts = [
+            (slice(i * size, (i + 1) * size), slice(length))
+            for i, (_, _, length) in enumerate(steps)
+        ]
         return [Batch(**{name: leaf[cut] for name, leaf in leaves.items()}) for cut in cuts]
+
+    def _step(self, step: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """(source, row number) of a step's rows, int64 [B] each, and the length of its rows."""
+        if not self._buckets:
+            return *self._mixture.step(step), self._length
+        group, within = divmod(step, BUCKET_STEPS)
+        source_SxB, row_SxB, length_S = self._sorted(group)
+        return source_SxB[within], row_SxB[within], int(length_S[within])
+
+    def _sort(self, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The rows of BUCKET_STEPS steps, those of like length in one step; the steps are in random
+        order again. So the mixture and the epochs are those of "pad", within so many steps."""
+        first = group * BUCKET_STEPS
+        steps = range(first, min(first + BUCKET_STEPS, self.steps))
+        source_N, row_N = np.concatenate([self._mixture.step(s) for s in steps], axis=1)
+        size_N = np.empty_like(row_N)
+        for i in np.unique(source_N):
+            size_N[source_N == i] = self._streams[i].sizes(row_N[source_N == i])
+        order_SxB = np.argsort(size_N, kind="stable").reshape(len(steps), -1)
+        if self._seed is not None:
+            words = [self._seed, group, *b"bucket"]
+            order_SxB = np.random.default_rng(words).permutation(order_SxB)
+        lengths = [
+            min(packing_.bucket(n), self._length) for n in size_N[order_SxB].max(axis=1).tolist()
+        ]
+        return source_N[order_SxB], row_N[order_SxB], np.array(lengths)
 
     def __iter__(self) -> Iterator[Batch]:
         return self.iterate()
@@ -110,7 +145,9 @@ def make_loader(
     Args:
       length, batch_size: tokens a row, rows a step over all processes.
       packing: "split", "first_fit" or "pad", see `llm_jax.data.packing`; or "random": windows as
-        in "split", from places that are drawn anew for each row, with replacement.
+        in "split", from places that are drawn anew for each row, with replacement; or "bucket": as
+        "pad", but the rows of a step are of like length and padded to the longest of them alone
+        (one of a few lengths, `packing.bucket`).
       isolate_documents: no token sees, or is predicted from, another document.
       token_lengths: int32 [V], UTF-8 bytes of each id.
       shuffle: rows come in another order in each epoch, and where `split` cuts differs as well;
@@ -138,6 +175,8 @@ def make_loader(
         seed=seed,
         token_lengths=np.asarray(token_lengths, np.int32),
         rows=rows,
+        packing=packing,
+        shuffle=shuffle,
     )
 
 
@@ -180,10 +219,9 @@ class _Stream:
         else:
             self._plan = packing_.make_plan(self.tokens, packing, length)
             self.epoch_rows, self.utilisation = len(self._plan), self._plan.utilisation
-        manifest = self.tokens.manifest
         self.identity = {
             "name": self.name,
-            "tokens": manifest.fingerprint() if manifest else self.tokens.total,
+            "tokens": self.tokens.fingerprint(),
             "weights": [list(point) for point in component.weights],
             "packing": packing,
             "length": length,
@@ -193,13 +231,20 @@ class _Stream:
 
     def rows(self, numbers_B: np.ndarray) -> dict[str, np.ndarray]:
         """Rows by number, counted over all epochs."""
-        block_B = numbers_B // BLOCK_ROWS
-        first = int(block_B.min())
-        blocks = [self._block(b) for b in range(first, int(block_B.max()) + 1)]
-        rows_B = np.concatenate(blocks)[numbers_B - first * BLOCK_ROWS]
+        rows_B = self._places(numbers_B)
         if self._plan is not None:
             return packing_.packed_rows(self.tokens, self._plan, rows_B, isolate=self._isolate)
         return packing_.split_rows(self.tokens, rows_B, self._length, isolate=self._isolate)
+
+    def sizes(self, numbers_B: np.ndarray) -> np.ndarray:
+        """Tokens of each of these rows where rows have one piece each ("pad", "bucket")."""
+        return self._plan.sizes[self._places(numbers_B)]
+
+    def _places(self, numbers_B: np.ndarray) -> np.ndarray:
+        block_B = numbers_B // BLOCK_ROWS
+        first = int(block_B.min())
+        blocks = [self._block(b) for b in range(first, int(block_B.max()) + 1)]
+        return np.concatenate(blocks)[numbers_B - first * BLOCK_ROWS]
 
     def _order(self, block: int) -> np.ndarray:
         """Of BLOCK_ROWS consecutive row numbers: the first token ("split", "random"), or the plan's row."""
@@ -265,9 +310,15 @@ def eval_batches(
     plan = None if windows else packing_.make_plan(tokens, packing, length)
     whole = -(-(tokens.total - 1) // length) if plan is None else len(plan)
     chosen = np.arange(whole) if not 0 < rows < whole else np.arange(rows) * whole // rows
+    if packing == "bucket":
+        chosen = chosen[np.argsort(plan.sizes[chosen], kind="stable")]
     lengths_V = np.asarray(token_lengths, np.int32)
 
     def make(places_B: np.ndarray) -> Batch:
+        width = length
+        if packing == "bucket":
+            last = chosen[min(places_B[-1], len(chosen) - 1)]
+            width = min(packing_.bucket(int(plan.sizes[last])), length)
         places_B = places_B[mine]
         real_B = places_B < len(chosen)
         if plan is None:
@@ -279,7 +330,8 @@ def eval_batches(
                 tokens, plan, chosen[places_B[real_B]], isolate=isolate_documents
             )
             leaves = _merge([(real_B, found)])
-        return Batch(**_with_bytes(leaves, lengths_V, [tokens]))
+        leaves = _with_bytes(leaves, lengths_V, [tokens])
+        return Batch(**{name: leaf[:, :width] for name, leaf in leaves.items()})
 
     return EvalBatches(make, len(chosen), batch_size)
 

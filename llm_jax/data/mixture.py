@@ -3,7 +3,8 @@
 Everything is a function of the step number, so that any step can be asked for at any time.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,38 @@ def check_weights(name: str, weights: Weights) -> None:
         raise ValueError(f"{where}: fractions {fractions} have to ascend within [0, 1]")
     if min(w for _, w in weights) < 0:
         raise ValueError(f"{where}: a weight is negative")
+
+
+def rates(
+    examples: Mapping[str, int], *, cap: float = 0.0, temperature: float = 1.0
+) -> dict[str, float]:
+    """Share of each task by the number of its examples; they sum to 1.
+
+        r_m = min(e_m, K)^(1/T) / sum over tasks
+
+    Examples-proportional mixing with an artificial limit K on a data set's size (`cap`; 0: none)
+    and a temperature T (Raffel et al. 2020, section 3.5.2): T = 1 is proportional, a large T gives
+    every task the same. A share is the weight of a source (`SourceConfig.weights`).
+
+        examples           8    1    27    cap 8           8    1    8
+        T = 1           0.22 0.03  0.75    T = 1        0.47 0.06 0.47
+        T = 3           0.33 0.17  0.50    T = 3        0.40 0.20 0.40
+
+    Raises:
+      ValueError: a task without examples, a negative cap, or a temperature that is not above 0.
+    """
+    if not examples or min(examples.values()) < 1:
+        empty = next((name for name, n in examples.items() if n < 1), "")
+        raise ValueError(f"a mixture needs an example of each task; there is none of {empty!r}")
+    if not cap >= 0:
+        raise ValueError(f"cap={cap} has to be at least 1, or 0 for none")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} has to be above 0")
+    logs = {name: math.log(min(n, cap or n)) / temperature for name, n in examples.items()}
+    top = max(logs.values())  # a low temperature would overflow
+    weights = {name: math.exp(value - top) for name, value in logs.items()}
+    total = sum(weights.values())
+    return {name: weight / total for name, weight in weights.items()}
 
 
 def shares(weights: Sequence[Weights], steps: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 
 from llm_jax.data.tokens import Tokens
 
-KINDS = ("split", "first_fit", "pad")
+KINDS = ("split", "first_fit", "pad", "bucket")
 WINDOW = 1 << 18  # pieces that first-fit looks at together
 
 
@@ -105,7 +105,7 @@ class Plan:
 
 
 def make_plan(tokens: Tokens, packing: str, length: int, window: int = WINDOW) -> Plan:
-    """Plans the rows of "pad" or "first_fit". A document longer than a row is cut into pieces.
+    """Plans the rows of "pad" (and "bucket") or "first_fit". A document longer than a row is cut into pieces.
 
     Lengths 7 3 2 4 1 at L = 4; the first becomes pieces of 4 and 3 tokens:
 
@@ -117,10 +117,10 @@ def make_plan(tokens: Tokens, packing: str, length: int, window: int = WINDOW) -
     Planning takes about 40 bytes and a microsecond or two a document.
     """
     starts, sizes, ends = _pieces(tokens.offsets, length)
-    if packing == "pad":
+    if packing in ("pad", "bucket"):
         return Plan(starts, sizes, ends, np.arange(len(starts) + 1), length)
     if packing != "first_fit":
-        raise ValueError(f"data.packing={packing!r}: only {KINDS[1]} and {KINDS[2]} have a plan")
+        raise ValueError(f"data.packing={packing!r}: only {', '.join(KINDS[1:])} have a plan")
     row_of, opened = np.empty(len(starts), np.int64), 0
     for low in range(0, len(starts), window):
         part = slice(low, low + window)
@@ -167,6 +167,15 @@ def first_fit(sizes_P: np.ndarray, length: int) -> np.ndarray:
         keep = room > 0
         room, names = room[keep], names[keep]
     return row_P
+
+
+def bucket(n: int) -> int:
+    """The padded length of a row of n tokens: 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, ...
+
+    Few lengths, so that few shapes are compiled; at most half of a row is padding, of long ones a third.
+    """
+    step = max(32, 1 << max((n - 1).bit_length() - 2, 0))
+    return -(-max(n, 1) // step) * step
 
 
 def packed_rows(
@@ -229,6 +238,10 @@ def packed_rows(
     counted_P = weight_P[order_P]
     following_N[ends_P - 1] = np.where(counted_P > 0, tokens.take(target_P)[order_P], 0)
     weight_N[ends_P - 1] = counted_P
+    if tokens.trained is not None:
+        place_of_target_N = np.repeat(start_P[order_P], size_P) + within_N + 1
+        place_of_target_N[ends_P - 1] = target_P[order_P]
+        weight_N *= tokens.trained[place_of_target_N]
     leaves = {
         "tokens": spread(id_N),
         "targets": spread(following_N),

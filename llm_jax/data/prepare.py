@@ -8,14 +8,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from absl import logging
 
 from llm_jax import tokenizers
-from llm_jax.config import DataConfig, SourceConfig, TokenizerConfig
+from llm_jax.config import DataConfig, SourceConfig, TokenizerConfig, TrainConfig
 from llm_jax.data import documents, progress, shards
+from llm_jax.data import loader as loaders
 from llm_jax.data.mixture import Component
 from llm_jax.data.tokens import MANIFEST, Tokens, open_
 
@@ -23,13 +24,80 @@ TOKENIZER, TRAIN, EVAL = "tokenizer", "train", "eval"
 ORIGIN = "origin.json"  # beside a trained tokenizer: its options and its text
 
 
-class Corpus(NamedTuple):
-    """What training needs of the data."""
+@dataclasses.dataclass
+class Corpus:
+    """What training needs of the data: text as one stream of tokens.
+
+    `data.dialogue.Dialogues` is the other kind, with the same properties and methods.
+    """
 
     tokenizer: tokenizers.Tokenizer
     train: list[Component]  # what `make_loader` takes
     evaluation: Tokens | None  # None: nothing is held out
     directory: str
+    end_tokens: tuple[int, ...] = ()  # what ends a sample besides the tokenizer's own
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens for training."""
+        return sum(c.tokens.total for c in self.train)
+
+    @property
+    def eval_tokens(self) -> int:
+        """Tokens that are held out."""
+        return 0 if self.evaluation is None else self.evaluation.total
+
+    def loader(
+        self, cfg: TrainConfig, blocks: Sequence[int] = (0,), block_count: int = 1
+    ) -> loaders.Loader:
+        """A run's batches; `blocks` of `block_count` as in `make_loader`."""
+        return loaders.make_loader(
+            self.train,
+            length=cfg.length,
+            batch_size=cfg.batch_size,
+            steps=cfg.steps,
+            packing=cfg.data.packing,
+            isolate_documents=cfg.data.isolate_documents,
+            seed=cfg.seed,
+            token_lengths=self.tokenizer.token_lengths(),
+            shuffle=cfg.data.shuffle,
+            blocks=blocks,
+            block_count=block_count,
+        )
+
+    def eval_batches(
+        self, cfg: TrainConfig, blocks: Sequence[int] = (0,), block_count: int = 1
+    ) -> loaders.EvalBatches | None:
+        """A run's held-out batches, or None."""
+        if self.evaluation is None:
+            return None
+        return loaders.eval_batches(
+            self.evaluation,
+            length=cfg.length,
+            batch_size=cfg.eval.batch_size or cfg.batch_size // cfg.accumulation,
+            packing=cfg.data.packing,
+            isolate_documents=cfg.data.isolate_documents,
+            rows=cfg.eval.rows,
+            token_lengths=self.tokenizer.token_lengths(),
+            blocks=blocks,
+            block_count=block_count,
+        )
+
+    def prompt(self, text: str) -> str:
+        """What a sample goes on from."""
+        return text
+
+    def parts(self) -> list[dict[str, Any]]:
+        """Rows of a report's table of the data."""
+        parts = [(c.name, c.tokens) for c in self.train]
+        if self.evaluation is not None:
+            parts.append(("held out", self.evaluation))
+        rows = [{"part": name, "documents": t.documents, "tokens": t.total} for name, t in parts]
+        for row, (_, t) in zip(rows, parts, strict=True):
+            if t.manifest is not None:
+                row["bytes"] = t.manifest.bytes
+                row["bytes per token"] = t.manifest.bytes / max(t.total, 1)
+        return rows
 
 
 def prepare_corpus(
@@ -56,10 +124,10 @@ def prepare_corpus(
     root = os.path.join(workdir, "data")
     if data.cache_dir:
         texts, loaded = _Texts(data), _loaded(data, tokenizer)
-        parts = [texts.identity(s, TRAIN) for s in _sources(data)]
+        parts = [texts.identity(s, TRAIN) for s in sources_of(data)]
         if data.eval_inputs:
             parts.append(documents.identity(data.eval_inputs))
-        by = loaded.fingerprint() if loaded else _options(tokenizer)
+        by = loaded.fingerprint() if loaded else training_options(tokenizer)
         depends = json.dumps([parts, by, data.add_bos, data.add_eos])
         name = hashlib.sha256(depends.encode()).hexdigest()[:16]
         root = os.path.join(os.path.expanduser(data.cache_dir), name)
@@ -78,7 +146,7 @@ def prepare_in(
 
     With `data.sources` there is a train-NAME and an eval-NAME for each.
     """
-    sources, texts = _sources(data), _Texts(data)
+    sources, texts = sources_of(data), _Texts(data)
     for inputs in (data.eval_inputs, *(s.inputs for s in sources if not _is_prepared(s))):
         if inputs and writer:
             documents.resolve(inputs)  # a missing file is an error before hours of work, not after
@@ -108,7 +176,7 @@ def prepare_in(
         evaluation = tokens(SourceConfig(name=EVAL, inputs=data.eval_inputs), EVAL)
     elif data.eval_fraction:
         evaluation = Tokens.concatenate([tokens(s, EVAL) for s in sources])
-    return Corpus(found, train, evaluation, root)
+    return Corpus(found, train, evaluation, root, tuple(tokenizer.end_tokens))
 
 
 class _Texts:
@@ -152,7 +220,7 @@ class _Texts:
         return self._counts[key]
 
 
-def _sources(data: DataConfig) -> tuple[SourceConfig, ...]:
+def sources_of(data: DataConfig) -> tuple[SourceConfig, ...]:
     sources = data.sources or (SourceConfig(name=TRAIN, inputs=data.inputs),)
     for source in sources:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", source.name):
@@ -204,9 +272,9 @@ def _tokenizer(
     loaded = _loaded(data, config)
     with shards.lock(folder):
         if loaded:
-            _save(loaded, folder, None)
+            save_tokenizer(loaded, folder, None)
             return loaded
-        options = _options(config)
+        options = training_options(config)
         origin = [options, [texts.identity(s, TRAIN) for s in sources]]
         origin = json.loads(json.dumps(origin))
         with contextlib.suppress(FileNotFoundError, ValueError):
@@ -217,14 +285,14 @@ def _tokenizer(
         kind, max_bytes = options.pop("kind"), options.pop("train_bytes")
         text = (d.text for s in sources for d in texts.documents(s, TRAIN))
         trained = tokenizers.train(kind, text, max_bytes=max_bytes, **options)
-        _save(trained, folder, origin)
+        save_tokenizer(trained, folder, origin)
         return trained
 
 
 def _loaded(data: DataConfig, config: TokenizerConfig) -> tokenizers.Tokenizer | None:
     """The tokenizer that the config names or the prepared inputs have; None: train one."""
     named = tokenizers.load(config.path) if config.path else None
-    for source in _sources(data):
+    for source in sources_of(data):
         if _is_prepared(source):
             own = tokenizers.load(os.path.join(source.inputs[0], TOKENIZER))
             if named and own.fingerprint() != named.fingerprint():
@@ -236,14 +304,14 @@ def _loaded(data: DataConfig, config: TokenizerConfig) -> tokenizers.Tokenizer |
     return named
 
 
-def _options(config: TokenizerConfig) -> dict:
+def training_options(config: TokenizerConfig) -> dict:
     """What training a tokenizer depends on."""
     elsewhere = ("path", "end_tokens")
     names = [f.name for f in dataclasses.fields(config) if f.name not in elsewhere]
     return {name: getattr(config, name) for name in names}
 
 
-def _save(tokenizer: tokenizers.Tokenizer, folder: str, origin: list | None) -> None:
+def save_tokenizer(tokenizer: tokenizers.Tokenizer, folder: str, origin: list | None) -> None:
     """Writes a tokenizer in one move."""
     partial = folder + ".partial"
     shutil.rmtree(partial, ignore_errors=True)

@@ -52,6 +52,7 @@ class Tokens:
     Attributes:
       total: number of tokens.
       offsets: int64 [documents + 1], where each document starts, and `total`.
+      trained: bool [total], the tokens that count as targets; None: all do.
     """
 
     def __init__(
@@ -62,10 +63,12 @@ class Tokens:
         vocab_size: int,
         name: str = "tokens",
         manifest: Manifest | None = None,
+        trained: np.ndarray | None = None,
     ):
         # Plain views: indexing numpy's memmap class costs several times as much.
         self.shards, self.offsets = [np.asarray(s) for s in shards], np.asarray(offsets)
         self.vocab_size, self.name, self.manifest = vocab_size, name, manifest
+        self.trained = trained
         self.bounds = np.cumsum([0] + [len(s) for s in shards])  # where each shard starts
         self.total = int(self.bounds[-1])
 
@@ -88,7 +91,19 @@ class Tokens:
             np.concatenate([*offsets, ends[-1:]]),
             vocab_size=max(p.vocab_size for p in parts),
             name=" + ".join(p.name for p in parts),
+            trained=None
+            if parts[0].trained is None
+            else np.concatenate([p.trained for p in parts]),
         )
+
+    def fingerprint(self) -> str:
+        """One hash over all of it, for checkpoints to compare; read from a manifest if possible."""
+        if self.manifest is not None:
+            return self.manifest.fingerprint()
+        digest = hashlib.sha256(self.offsets.tobytes())
+        for array in (*self.shards, *(() if self.trained is None else (self.trained,))):
+            digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()
 
     @property
     def documents(self) -> int:

@@ -46,6 +46,10 @@ class Transposed:
         """The plain matrix."""
         return self.w.swapaxes(-1, -2).astype(dtype)
 
+    def layout(self, axes: tuple[str | None, ...]) -> "Transposed":
+        """Logical axes of the stored matrix."""
+        return Transposed((*axes[:-2], axes[-1], axes[-2]))
+
 
 def cut(params: PyTree, specs: PyTree) -> dict[str, PyTree]:
     """{path: leaf, or a tuple of the pieces [1, ...] of a stacked one}; dense ones transposed on a

@@ -6,7 +6,8 @@ reordered:  x = x + norm(f(x))                                     a final norm 
 sandwich:   x = x + norm(f(norm(x)))                               a final norm   (Gemma 2)
 post-norm:  x = norm(x + f(x))
 With experts (`cfg.moe`) the MLP is a mixture of them, but for the `first_dense` layers. Layers with
-and without the sliding window may alternate (`cfg.global_layers`).
+and without the sliding window may alternate (`cfg.global_layers`). A tree with a "prefix"
+(`prefix_of`) has trained keys and values in front of every document.
 """
 
 import math
@@ -18,7 +19,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax import sharding
 from llm_jax.config import ModelConfig
-from llm_jax.nn import attention, head, layers, moe, mup, positions, weights
+from llm_jax.nn import attention, cached, head, layers, moe, mup, positions, weights
+from llm_jax.nn.blockwise import EVERYONE
 from llm_jax.nn.dense import embed
 from llm_jax.nn.params import Normal, ParamSpec, flatten, stacked, unflatten
 from llm_jax.nn.stack import stack
@@ -26,6 +28,7 @@ from llm_jax.types import Array, Batch, Cache, Hidden, PyTree, Scores
 
 # A router works in float32: in bfloat16 its bias would stop moving once it is large.
 KEEPS = re.compile(r"/scale$|/router/")
+NOISE = 1 << 30  # folded into a row's key; layers fold in their number
 
 
 def specs(cfg: ModelConfig) -> PyTree:
@@ -70,21 +73,42 @@ def hidden(
     """The trunk: tokens [B, L] -> x [B, L, D] after the final norm.
 
     Without a cache rows attend within themselves; with one the tokens are written behind what it
-    holds. `rng` is one key per row [B] for dropout, None in evaluation.
+    holds. `rng` is one key per row [B] for dropout, None in evaluation. A "prefix" in the tree
+    (`prefix_of`) stands in front of every document, whose own positions start behind it.
+
+    Raises:
+      ValueError: more tokens than a learned position table has room for behind the prefix.
     """
     params = cast(params, cfg.dtype)
-    B, L = batch.tokens.shape
-    position_BxL, side, cache = _side(batch, cfg, cache)
-    side["rng"] = rng
-
+    position_BxL, side, cache = _side(batch, cfg, cache, prefix_length(params))
     with jax.named_scope("embed"):
         x = embed(params["embed"]["tokens"], batch.tokens)
+    if "prefix" in params and cache is None:
+        params = _in_layers(params, prefix_of(params, cfg))
+    return _trunk(params, x, position_BxL, side, cache, rng, cfg)
+
+
+def _trunk(
+    params: PyTree,
+    x_BxLxD: Array,
+    position_BxL: Array,
+    side: PyTree,
+    cache: Cache | None,
+    rng: Array | None,
+    cfg: ModelConfig,
+) -> Hidden:
+    """Rows of the embedding table [B, L, D] -> the trunk's output; see `_side` for the rest."""
+    x, (B, L, _) = x_BxLxD, x_BxLxD.shape
+    side = {**side, "rng": rng}
+    segments_BxL = side["segments"][0] if "segments" in side else None
+    with jax.named_scope("embed"):
         if cfg.embed_scale != 1.0:
             x = x * jnp.asarray(cfg.embed_scale, x.dtype)
         if cfg.positions == "learned":
             x = x + embed(params["embed"]["positions"], position_BxL, None)
         elif cfg.positions == "sinusoidal":
             x = x + positions.sinusoids(position_BxL, cfg.d_model).astype(x.dtype)
+        x = _noisy(x, segments_BxL, rng, cfg.embed_noise)
         x = checkpoint_name(layers.dropout(x, rng, cfg.dropout, salt=0), "embedded")
 
     # Shared by all rows where all rows have the same positions; it closes over no batch axis.
@@ -102,6 +126,7 @@ def hidden(
             if side["rng"] is None
             else jax.vmap(lambda k: jax.random.fold_in(k, i + 1))(side["rng"])
         )
+        p = weights.seeded(p, keys)
         inner = side if shared_rope is None else {**side, "rope": shared_rope}
         post = cfg.norm_position == "post"
 
@@ -195,8 +220,14 @@ def _scaled(x_BxLxD: Array, cfg: ModelConfig) -> Array:
 
 
 def init_cache(params: PyTree, batch: Batch, cfg: ModelConfig, length: int) -> Cache:
-    """An empty cache of `length` slots for the rows of `batch`."""
-    B = batch.tokens.shape[0]
+    """A cache with `length` empty slots for the rows of `batch`, behind those of a prefix."""
+    B, n = batch.tokens.shape[0], prefix_length(params)
+    if n:
+        return _prefilled(prefix_of(params, cfg), _empty_cache(B, cfg, n + length), cfg)
+    return _empty_cache(B, cfg, length)
+
+
+def _empty_cache(B: int, cfg: ModelConfig, length: int) -> Cache:
     shapes = attention.cache_specs(cfg, B, length)
     return Cache(
         layers={
@@ -207,6 +238,90 @@ def init_cache(params: PyTree, batch: Batch, cfg: ModelConfig, length: int) -> C
         positions=jnp.zeros((B, length), jnp.int32),
         index=jnp.int32(0),
     )
+
+
+def prefix_length(params: PyTree) -> int:
+    """Slots that the tree's prefix takes in front of every document; 0 without one."""
+    return jax.tree.leaves(params["prefix"])[0].shape[-2] if "prefix" in params else 0
+
+
+def room(params: PyTree, cfg: ModelConfig) -> int:
+    """Tokens of a document that fit into the model's context, behind the tree's prefix."""
+    return cfg.max_length - prefix_length(params)
+
+
+def prefix_of(params: PyTree, cfg: ModelConfig) -> PyTree:
+    """Keys (rotated) and values {"k", "v"} [M, n, K * Dh] of the tree's prefix.
+
+    A trained prefix (Li & Liang 2021) is these arrays. A soft prompt (Lester et al. 2021) is
+    "embeddings" [n, D] in place of n rows of the embedding table; as no token in front of them
+    changes them, one pass over them alone serves all rows. Both are differentiable.
+    """
+    if "k" in params["prefix"]:
+        return params["prefix"]
+    params = cast(params, cfg.dtype)
+    x_nxD = params["prefix"]["embeddings"]
+    n, mesh = x_nxD.shape[0], sharding.ambient_mesh()
+    # The same for all: a row for each piece that a mesh cuts a batch into.
+    B = 1 if mesh is None else math.prod(mesh.shape[a] for a in sharding.RULES["batch"])
+    batch = Batch(tokens=jnp.zeros((B, n), jnp.int32))
+    position_BxL, side, cache = _side(batch, cfg, _empty_cache(B, cfg, n))
+    x_BxLxD = jnp.broadcast_to(x_nxD[None], (B, *x_nxD.shape))
+    cache = _trunk(params, x_BxLxD, position_BxL, side, cache, None, cfg).cache
+    flat = (cfg.n_layers, n, cfg.kv_heads * cfg.head_dim)
+    return {
+        name: x_MxBxKxnxDh[:, 0].swapaxes(1, 2).reshape(flat)
+        for name, x_MxBxKxnxDh in cache.layers.items()
+    }
+
+
+def _prefilled(prefix: PyTree, cache: Cache, cfg: ModelConfig) -> Cache:
+    """An empty cache -> one that starts with a prefix, which all documents see."""
+    n, (B, S) = prefix["k"].shape[1], cache.segments.shape
+    heads = (B, n, cfg.kv_heads, cfg.head_dim)
+
+    def write(i: Array, layers: PyTree) -> PyTree:
+        k, v = (jnp.broadcast_to(prefix[m][i].reshape(1, *heads[1:]), heads) for m in "kv")
+        return cached.append(k, v, layers, 0, i)[2]
+
+    slot_S = jnp.arange(S)
+    return cache.replace(
+        layers=jax.lax.fori_loop(0, cfg.n_layers, write, cache.layers),
+        segments=jnp.broadcast_to(jnp.where(slot_S < n, EVERYONE, 0)[None], (B, S)),
+        positions=jnp.broadcast_to(jnp.where(slot_S < n, slot_S, 0)[None], (B, S)),
+        index=cache.index + n,
+    )
+
+
+def _in_layers(params: PyTree, prefix: PyTree) -> PyTree:
+    """The tree with each layer's part of the prefix beside its attention."""
+    first = 0
+    for name in ("dense_layers", "layers"):
+        if name in params:
+            end = first + jax.tree.leaves(params[name])[0].shape[0]
+            own = {m: x[first:end] for m, x in prefix.items()}
+            attn = {**params[name]["attn"], "prefix": own}
+            params = {**params, name: {**params[name], "attn": attn}}
+            first = end
+    return params
+
+
+def _noisy(x_BxLxD: Array, segments_BxL: Array | None, keys_B: Array | None, alpha: float) -> Array:
+    """Embeddings with uniform noise of at most alpha / sqrt(L * D) in training, L the tokens of the
+    document that a token belongs to (NEFTune, Jain et al. 2023)."""
+    if keys_B is None or alpha == 0.0:
+        return x_BxLxD
+    B, L, D = x_BxLxD.shape
+    if segments_BxL is None:
+        length_BxL = jnp.full((B, L), L)
+    else:
+        same = segments_BxL[:, :, None] == segments_BxL[:, None, :]
+        length_BxL = jnp.sum(same, axis=-1)
+    noise = jax.vmap(
+        lambda key: jax.random.uniform(jax.random.fold_in(key, NOISE), (L, D), minval=-1.0)
+    )(keys_B)
+    size = alpha / jnp.sqrt(length_BxL * D)
+    return x_BxLxD + (size[:, :, None] * noise).astype(x_BxLxD.dtype)
 
 
 def _norms(cfg: ModelConfig) -> tuple[str, ...]:
@@ -250,21 +365,36 @@ def cast(params: PyTree, dtype: str) -> PyTree:
 
 
 def _side(
-    batch: Batch, cfg: ModelConfig, cache: Cache | None
+    batch: Batch, cfg: ModelConfig, cache: Cache | None, n: int = 0
 ) -> tuple[Array, PyTree, Cache | None]:
     """Positions [B or 1, L], what travels beside x into every block, and the cache with this
-    call's segments and positions written into it."""
+    call's segments and positions written into it. The batch's own positions start behind the n of
+    a prefix."""
     B, L = batch.tokens.shape
+    position = batch.positions
+    if position is not None and n:
+        position = position + n
     if cache is None:
-        position = jnp.arange(L)[None] if batch.positions is None else batch.positions
+        if position is None:
+            position = jnp.arange(n, n + L)[None]
+            if n and cfg.positions == "learned" and n + L > cfg.max_length:
+                raise ValueError(
+                    f"{L} tokens behind peft.tokens={n} do not fit model.max_length={cfg.max_length}, "
+                    "the learned positions; lower one"
+                )
         if batch.segments is None:
             return position, {}, None
-        side = {"segments": (batch.segments, batch.segments)}
+
+        def after_prefix(x_BxL: Array, before_n: Array) -> Array:
+            before_Bxn = jnp.broadcast_to(before_n[None], (B, n))
+            return jnp.concatenate([before_Bxn, x_BxL], axis=1) if n else x_BxL
+
+        everyone_n = jnp.full((n,), EVERYONE)
+        side = {"segments": (batch.segments, after_prefix(batch.segments, everyone_n))}
         if cfg.window:
-            side["positions"] = (batch.positions, batch.positions)
+            side["positions"] = (position, after_prefix(position, jnp.arange(n)))
         return position, side, None
     segments = jnp.ones((B, L), jnp.int32) if batch.segments is None else batch.segments
-    position = batch.positions
     if position is None:
         position = jnp.broadcast_to(cache.index + jnp.arange(L)[None], (B, L))
     cache = cache.replace(

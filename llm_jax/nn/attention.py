@@ -93,7 +93,8 @@ def layer(
 
     `side` holds the rotary tables (`positions.rope_tables`), and segments and positions of queries
     and keys; `cache` the keys and values, stacked [M, B, K, S, Dh] or a queue of layers
-    (nn/cached), written at slot side["start"].
+    (nn/cached), written at slot side["start"]. Without a cache p may have a "prefix": "k" and "v"
+    [n, K * Dh] in front of each row.
     """
     B, L, _ = x_BxLxD.shape
     H, K, Dh = cfg.n_heads, cfg.kv_heads, cfg.head_dim
@@ -111,6 +112,9 @@ def layer(
     shape = Shape(True, 0, cfg.attention_softcap, scale, cfg.attention_block)
     if cache is None:
         mask = Mask(side.get("segments"), side.get("positions"))
+        if "prefix" in p:
+            k, v = _behind(p["prefix"]["k"], k), _behind(p["prefix"]["v"], v)
+            mask = mask._replace(start=k.shape[1] - L)
         attend = functools.partial(attention, implementation=cfg.attention)
     else:  # no kernel does these calls: a run that names one for training can still draw samples
         k, v, cache = cached.append(k, v, cache, side["start"], i)
@@ -128,6 +132,14 @@ def layer(
     else:
         o = jax.lax.cond(local, kinds[1], kinds[0])
     return write(p["o"], o.reshape(B, L, H * Dh), "heads"), cache
+
+
+def _behind(prefix_nxKDh: Array, x_BxLxKxDh: Array) -> Array:
+    """Keys or values [B, n + L, K, Dh] of rows behind a prefix."""
+    B, _, K, Dh = x_BxLxKxDh.shape
+    prefix_1xnxKxDh = prefix_nxKDh.reshape(1, -1, K, Dh).astype(x_BxLxKxDh.dtype)
+    before = jnp.broadcast_to(prefix_1xnxKxDh, (B, *prefix_1xnxKxDh.shape[1:]))
+    return jnp.concatenate([before, x_BxLxKxDh], axis=1)
 
 
 def _is_local(i: Array | int, cfg: ModelConfig) -> Array | bool:

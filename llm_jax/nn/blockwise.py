@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from llm_jax.types import Array, PyTree
 
 MASKED = -1e30  # finite, so that a row without any key gives 0 and not NaN
+EVERYONE = -1  # the segment of keys that all documents of a row see: a trained prefix
 # Rows that are worked on whole go through in strips of queries, each with the keys up to its end.
 # Four leave out 3/8 of the work; more make matmuls that are too small.
 MAX_STRIPS, MIN_STRIP = 4, 64
@@ -57,7 +58,7 @@ def visible(mask: Mask, shape: Shape, q_slot_L: Array, k_slot_S: Array) -> Array
         ok = k_slot <= q_slot
     if mask.segments is not None:
         q_seg, k_seg = mask.segments[0][:, :, None], mask.segments[1][:, None, :]
-        same = (q_seg == k_seg) & (q_seg > 0)
+        same = ((q_seg == k_seg) | (k_seg == EVERYONE)) & (q_seg > 0)
         ok = same if ok is None else ok & same
     if shape.window:
         distance = q_slot - k_slot

@@ -116,10 +116,8 @@ def embed(table_VxD: Array, ids_BxL: Array, axis: str | None = "vocab") -> Array
 def _affine(p: PyTree, x_BxLxD: Array) -> Array:
     B, L, D = x_BxLxD.shape
     if isinstance(p["w"], weights.Weight) and sharding.ambient_mesh() is not None:
-        y = weights.matmul(p["w"], x_BxLxD)  # flattening would gather a length that is cut
-    else:
-        y = weights.matmul(p["w"], x_BxLxD.reshape(B * L, D)).reshape(B, L, -1)  # fast on CPU
-    return y + p["bias"].astype(y.dtype)[None, None, :] if "bias" in p else y
+        return weights.affine(p, x_BxLxD)  # flattening would gather a length that is cut
+    return weights.affine(p, x_BxLxD.reshape(B * L, D)).reshape(B, L, -1)  # fast on CPU
 
 
 def _merges(ps: Sequence[PyTree], x_BxLxD: Array) -> bool:

@@ -31,6 +31,16 @@ class Normal:
 
 
 @dataclass(frozen=True)
+class Uniform:
+    """Evenly between -bound and bound."""
+
+    bound: float
+
+    def __call__(self, key: Array, shape: Sequence[int], dtype: Any) -> Array:
+        return jax.random.uniform(key, shape, dtype, -self.bound, self.bound)
+
+
+@dataclass(frozen=True)
 class Constant:
     """Every entry the same."""
 
@@ -122,12 +132,14 @@ def count(specs: PyTree, *, embeddings: bool = True) -> int:
     )
 
 
-def select(paths: Sequence[str], rules: Sequence[tuple[str, Any]], key: str) -> dict[str, Any]:
+def select(
+    paths: Sequence[str], rules: Sequence[tuple[str, Any]], key: str, *, all_used: bool = True
+) -> dict[str, Any]:
     """The value of the first rule (pattern, value) whose pattern is found in each path.
 
     Raises:
-      ValueError: a path that no rule covers, or a pattern that finds no path (a typo) although it
-        is not a catch-all; the message names the config `key`.
+      ValueError: a path that no rule covers, or, with `all_used`, a pattern that finds no path (a
+        typo); the message names the config `key`.
     """
     out, hits = {}, set()
     for path in paths:
@@ -142,7 +154,7 @@ def select(paths: Sequence[str], rules: Sequence[tuple[str, Any]], key: str) -> 
                 f"{key} covers no rule for the parameter {path!r}; add ('.*', False) at its end"
             )
     for n, (pattern, _) in enumerate(rules):
-        if n not in hits:
+        if all_used and n not in hits:
             raise ValueError(
                 f"{key}: the pattern {pattern!r} matches no parameter; there are {', '.join(sorted(paths)[:6])}, ..."
             )

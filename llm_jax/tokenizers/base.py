@@ -217,30 +217,10 @@ class Tokenizer(abc.ABC):
         result = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
         if return_assistant_tokens_mask:
             result["assistant_masks"] = [
-                self._tokens_within(text, row, spans)
+                chat.tokens_within(self, text, row, spans).astype(int).tolist()
                 for (text, spans), row in zip(rendered, ids, strict=True)
             ]
         return result if batched else {key: rows[0] for key, rows in result.items()}
-
-    def _tokens_within(
-        self, text: str, ids: Sequence[int], spans: Sequence[tuple[int, int]]
-    ) -> list[int]:
-        """For each id 1 if one of its bytes lies in one of the spans of characters, else 0."""
-        pieces = [self._bytes_with_names[i] for i in ids]
-        content, written = text.encode(), b"".join(pieces)
-        shift = int(self.strips_leading_space and written[:1] == b" ")
-        if written[shift:] != content:
-            raise ValueError(
-                "this tokenizer changes the text, so its tokens cannot be matched with characters"
-            )
-        inside = np.zeros(len(written) + 1, np.int64)
-        for start, end in spans:
-            before = len(text[:start].encode()) + shift
-            inside[before : before + len(text[start:end].encode())] = 1
-        total = np.concatenate([[0], np.cumsum(inside)])
-        ends = np.cumsum([len(piece) for piece in pieces])
-        starts = ends - [len(piece) for piece in pieces]
-        return (total[ends] > total[starts]).astype(int).tolist()
 
     def files(self) -> dict[str, bytes]:
         """File name -> content: all that `from_files` needs. A checkpoint embeds this."""

@@ -115,6 +115,55 @@ def render(
     return text, [(start, min(end, len(text))) for start, end in spans if start < len(text)]
 
 
+def tokens_within(
+    tokenizer: Any, text: str, ids: np.ndarray, spans: Sequence[tuple[int, int]]
+) -> np.ndarray:
+    """Of the ids of a text (special tokens parsed) those with a part in a span, bool [n].
+
+    Args:
+      spans: (start, end) characters of the text.
+
+    Raises ValueError if the tokens do not spell the text, as with a tokenizer that lower-cases it.
+    """
+    table = tokenizer.decode_table(False)
+    pieces = [table[i] for i in np.asarray(ids).tolist()]
+    content, written = text.encode(), b"".join(pieces)
+    sizes = np.fromiter((len(piece) for piece in pieces), np.int64, len(pieces))
+    ends = np.cumsum(sizes)
+    starts = ends - sizes
+    shift = int(tokenizer.strips_leading_space and written[:1] == b" ")
+    if written[shift:] != content:
+        starts, ends, shift = *_places_of(pieces, content, shift), 0
+    inside = np.zeros(max(len(written), len(content)) + 1, np.int64)
+    for start, end in spans:
+        before = len(text[:start].encode()) + shift
+        inside[before : before + len(text[start:end].encode())] = 1
+    total = np.concatenate([[0], np.cumsum(inside)])
+    return total[ends] > total[starts]
+
+
+def _places_of(pieces: list[bytes], content: bytes, shift: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where each piece stands in a text of which some characters are unknown to the tokenizer.
+
+    A piece without bytes (the unknown token) takes the place up to the next piece.
+    """
+    starts, ends, at = [], [], 0
+    for number, piece in enumerate(pieces):
+        piece = piece[shift:] if number == 0 else piece
+        found = content.find(piece, at)
+        if found < 0:
+            raise ValueError(
+                "this tokenizer changes the text, so its tokens cannot be matched with characters"
+            )
+        starts.append(found if piece else at)
+        at = found + len(piece)
+        ends.append(at)
+    for number in range(len(pieces) - 1, -1, -1):
+        if not pieces[number]:
+            ends[number] = starts[number + 1] if number + 1 < len(pieces) else len(content)
+    return np.array(starts), np.array(ends)
+
+
 def _run(template: str, variables: Mapping[str, Any]) -> str:
     compiled = _compile(template)
     import jinja2

@@ -6,9 +6,12 @@ from typing import Any
 import jax
 
 from llm_jax import config as configs
+from llm_jax import models
 from llm_jax.config import MoEConfig, TrainConfig
 from llm_jax.interop import pretrained
+from llm_jax.peft import lora
 from llm_jax.train import checkpoint
+from llm_jax.train.tuning import make_tuning
 from llm_jax.types import PyTree
 
 # How a model is computed and trained is the recipe's; everything else comes with the weights.
@@ -48,7 +51,7 @@ def adopt(cfg: TrainConfig, path: str | Path) -> None:
         setattr(experts, name, getattr(cfg.model.moe, name))
     cfg.model = model
     cfg.data.add_bos, cfg.tokenizer.end_tokens = adds_bos, ends
-    cfg.checkpoint.init_from, cfg.tokenizer.path = str(path), ""
+    cfg.checkpoint.init_from, cfg.tokenizer.path = str(Path(path).expanduser().absolute()), ""
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -59,13 +62,41 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def load_params(path: str | Path, specs: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
-    """Its parameters in float32, cut for `mesh`.
+    """Its parameters as plain arrays in float32, cut for `mesh`: of a run with PEFT its base's with
+    what it learned added.
 
     Raises:
       ValueError: they are not those of `specs`; the message names the first.
     """
-    if not pretrained.kind(path):
-        return checkpoint.load_params(path, specs, mesh)
-    params = pretrained.load(path, mesh).params
+    if pretrained.kind(path):
+        params = pretrained.load(path, mesh).params
+    else:
+        cfg = checkpoint.load_config(path)
+        if cfg.peft.method == "none":
+            return checkpoint.load_params(path, specs, mesh)
+        params = lora.merge(load_tuned(path, cfg, mesh))
     checkpoint.check_shapes(specs, params, str(path))
     return params
+
+
+def load_tuned(
+    path: str | Path, cfg: TrainConfig, mesh: jax.sharding.Mesh, base: str | Path | None = None
+) -> PyTree:
+    """The whole tree of a run with PEFT, whose config is `cfg`: the leaves that it was trained
+    with, on its base (`base`: where that is now).
+
+    Raises:
+      FileNotFoundError: the base is gone.
+      ValueError: the base is another model.
+    """
+    base = base or cfg.checkpoint.init_from
+    if not Path(base).expanduser().exists():
+        raise FileNotFoundError(
+            f"{path} holds what peft.method={cfg.peft.method} trained on {base}, which is not there; "
+            "say where it is with base= (--base)"
+        )
+    specs = models.family(cfg.model.family).specs(cfg.model)
+    tuning = make_tuning(cfg, specs)
+    trained = checkpoint.load_params(path, tuning.trained, mesh)
+    _, frozen = tuning.split(load_params(base, specs, mesh), jax.random.key(0))
+    return tuning.join(trained, frozen)

@@ -1,6 +1,6 @@
 """Checkpoints: everything a run needs to go on, and everything a later verb needs to start.
 
-    DIR/<step>/params     the whole parameter tree (float32 masters)
+    DIR/<step>/params     the whole parameter tree (float32 masters); with PEFT what it trains
               /training   optimizer state, step, key, moving average
               /config     the run's config        /tokenizer  its files
               /data       what the order of the data depends on, and the step
@@ -48,7 +48,7 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path, cfg: TrainConfig, tokenizer: Any, data: dict):
         keep: CheckpointConfig = cfg.checkpoint
-        self._cfg = cfg
+        self._cfg, self._tunes = cfg, cfg.peft.method != "none"
         self._data = {**data, "tokenizer": tokenizer.fingerprint()}
         self._tokenizer = _tokenizer_files(tokenizer)
         self.directory = Path(directory).absolute()
@@ -89,7 +89,7 @@ class Checkpoints:
             "bad_steps": state.bad_steps,
         }
         items = {
-            "params": ocp.args.StandardSave(merge(state.params, state.frozen)),
+            "params": ocp.args.StandardSave(self._saved(state)),
             "training": ocp.args.StandardSave(training),
             "config": ocp.args.JsonSave(configs.to_dict(self._cfg)),
             "tokenizer": ocp.args.JsonSave(self._tokenizer),
@@ -118,9 +118,13 @@ class Checkpoints:
         """The last whole checkpoint's step, or None."""
         return self._manager.latest_step()
 
+    def _saved(self, state: TrainState) -> PyTree:
+        """The parameters that a checkpoint holds: with PEFT not those of the base."""
+        return state.params if self._tunes else merge(state.params, state.frozen)
+
     def restore(self, target: TrainState, step: int) -> TrainState:
         """The state saved at `step`, with the shapes and shardings of `target`, whatever mesh it
-        was saved on.
+        was saved on. With PEFT the frozen part is the `target`'s own.
 
         Raises:
           ValueError: the checkpoint is damaged, or belongs to another model, seed or data.
@@ -133,7 +137,7 @@ class Checkpoints:
                     f"{folder} was trained with another {name}: {_short(saved.get(name))}, now {_short(value)}; "
                     "set it back, or start a new --workdir (with --config.checkpoint.init_from to keep the weights)"
                 )
-        whole = merge(target.params, target.frozen)
+        whole = self._saved(target)
         check_shapes(whole, _metadata(self.directory, step), str(folder))
         key = jax.eval_shape(jax.random.key_data, target.key)
         training = {
@@ -151,7 +155,11 @@ class Checkpoints:
             out = self._manager.restore(step, args=args)
         except Exception as e:
             raise _damaged(folder, e) from e
-        params, frozen = partition(out.params, self._cfg.optimizer)
+        params, frozen = (
+            (out.params, target.frozen)
+            if self._tunes
+            else partition(out.params, self._cfg.optimizer)
+        )
         rest = dict(out.training)
         key = jax.random.wrap_key_data(rest.pop("key"))
         return TrainState(params=params, frozen=frozen, key=key, **rest)

@@ -25,17 +25,20 @@ def train(
     cfg: TrainConfig,
     batch: Callable[[int], Batch],
     *,
+    start: PyTree | None = None,
     watch: Callable[[int, PyTree], None] | None = None,
 ) -> Trained:
     """Trains the frozen, resolved `cfg` on `batch(step)` for steps 0, 1, ... of numpy rows.
 
+    It goes on from `start`, a whole parameter tree, or else from a fresh one.
     `watch(step, params)` sees the parameters before the first step and after each. Steps whose loss
     is not finite are skipped, as in every run; their loss is in `losses` as it was.
     """
     mesh = sharding.make_mesh(cfg.mesh)
     with jax.set_mesh(mesh):
         made = program.build(cfg, mesh)
-        state = made.init(jax.random.key(cfg.seed))
+        key = jax.random.key(cfg.seed)
+        state = made.init(key) if start is None else made.start(start, key)
         if watch:
             watch(0, made.params(state))
         progress = bar(cfg.name, cfg.steps, "step")

@@ -24,13 +24,11 @@ from llm_jax import config as configs
 from llm_jax import mesh as mesh_choice
 from llm_jax import models, sharding
 from llm_jax.config import TrainConfig
-from llm_jax.data import loader as data_loader
-from llm_jax.data.prepare import Corpus, prepare_corpus, prepare_in
 from llm_jax.decode.generate import generate
 from llm_jax.eval import likelihood
 from llm_jax.eval import run as tasks
 from llm_jax.nn.params import count, flatten
-from llm_jax.train import base_model, checkpoint, distributed, environment, summary
+from llm_jax.train import base_model, checkpoint, distributed, environment, inputs, summary
 from llm_jax.train.checkpoint import Checkpoints
 from llm_jax.train.metrics import (
     MetricsLog,
@@ -95,13 +93,18 @@ def train(
         jax.config.update("jax_debug_nans", True)
         jax.config.update("jax_disable_jit", True)
 
+    if cfg.peft.method != "none" and not cfg.checkpoint.init_from:
+        raise ValueError(
+            f"peft.method={cfg.peft.method} tunes a model that is there already; name it with "
+            "--init_from (checkpoint.init_from)"
+        )
     if cfg.checkpoint.init_from and not cfg.tokenizer.path:
         base, kept = base_model.load_tokenizer(cfg.checkpoint.init_from), workdir / "tokenizer"
         cfg.tokenizer.path = distributed.from_main(
             "tokenizer", lambda: base.save(kept) or str(kept)
         )
     configs.validate(cfg)
-    corpus = _prepare(cfg, workdir)
+    corpus = inputs.prepare(cfg, workdir)
     configs.resolve_model(
         cfg.model,
         vocab_size=corpus.tokenizer.vocab_size,
@@ -135,20 +138,6 @@ def _choose_mesh(cfg: TrainConfig, devices: Sequence[jax.Device] | None) -> None
         print("\n".join(reasons), flush=True)
 
 
-def _prepare(cfg: TrainConfig, workdir: Path) -> Corpus:
-    """Process 0 writes the shards, which takes as long as it takes; the others open them then."""
-    made: list[Corpus] = []
-
-    def prepare() -> str:
-        made.append(prepare_corpus(cfg.data, cfg.tokenizer, str(workdir)))
-        return made[0].directory
-
-    root = distributed.from_main("data", prepare)
-    if made:
-        return made[0]
-    return prepare_in(root, cfg.data, cfg.tokenizer, writer=False, verify=False)
-
-
 class _Run:
     """One process's share of a run: the pieces that the loop needs at hand."""
 
@@ -156,7 +145,7 @@ class _Run:
         self,
         cfg: TrainConfig,
         workdir: Path,
-        corpus: Corpus,
+        corpus: inputs.Data,
         program: Program,
         peak: float,
         compare: Comparison | None,
@@ -165,33 +154,8 @@ class _Run:
         self.peak, self.compare = peak, compare
         self.main = distributed.is_main()
         blocks, block_count = distributed.row_blocks(program.mesh)
-        lengths = corpus.tokenizer.token_lengths()
-        self.loader = data_loader.make_loader(
-            corpus.train,
-            length=cfg.length,
-            batch_size=cfg.batch_size,
-            steps=cfg.steps,
-            packing=cfg.data.packing,
-            isolate_documents=cfg.data.isolate_documents,
-            seed=cfg.seed,
-            token_lengths=lengths,
-            shuffle=cfg.data.shuffle,
-            blocks=blocks,
-            block_count=block_count,
-        )
-        self.eval_batches = None
-        if corpus.evaluation is not None:
-            self.eval_batches = data_loader.eval_batches(
-                corpus.evaluation,
-                length=cfg.length,
-                batch_size=cfg.eval.batch_size or cfg.batch_size // cfg.accumulation,
-                packing=cfg.data.packing,
-                isolate_documents=cfg.data.isolate_documents,
-                rows=cfg.eval.rows,
-                token_lengths=lengths,
-                blocks=blocks,
-                block_count=block_count,
-            )
+        self.loader = corpus.loader(cfg, blocks, block_count)
+        self.eval_batches = corpus.eval_batches(cfg, blocks, block_count)
         self.tokens_per_step = cfg.batch_size * cfg.length
         self.flops_per_token = train_flops_per_token(program.specs, cfg.model, cfg.length)
         self.samples: list[dict] = []
@@ -237,14 +201,20 @@ class _Run:
             ):
                 self._say(f"note: this run goes on with {line}")
             self._say(f"resuming from step {latest} in {checkpoints.directory}")
-            return checkpoints.restore(abstract_state(self.program), latest)
+            target = abstract_state(self.program)
+            if cfg.peft.method != "none":  # the base is not in the checkpoint
+                target = target.replace(frozen=self._from_base(key).frozen)
+            return checkpoints.restore(target, latest)
         if cfg.checkpoint.init_from:
             self._say(f"starting from the parameters of {cfg.checkpoint.init_from}")
-            params = base_model.load_params(
-                cfg.checkpoint.init_from, self.program.specs, self.program.mesh
-            )
-            return self.program.start(params, key)
+            return self._from_base(key)
         return self.program.init(key)
+
+    def _from_base(self, key: jax.Array) -> TrainState:
+        params = base_model.load_params(
+            self.cfg.checkpoint.init_from, self.program.specs, self.program.mesh
+        )
+        return self.program.start(params, key)
 
     # The loop ----------------------------------------------------------------------------------
 
@@ -288,6 +258,9 @@ class _Run:
         profile = Window(
             self.workdir / "profile", log.profile_start, log.profile_steps if self.main else 0
         )
+        if cfg.eval.at_start and not start and self.eval_batches is not None:
+            self.log.write({"step": 0, **self._evaluate(state, watch)})
+            self._sample(state, 0, watch)
         self.speed.pause()
         try:
             for step in range(start + 1, cfg.steps + 1):
@@ -315,9 +288,8 @@ class _Run:
                         evaluated = self._evaluate(state, watch)
                     self._record(step, metrics, extra=evaluated if evaluates else {}, rate=rate)
                     pending = None
-                    if evaluates and cfg.eval.sample_tokens and not several:
-                        watch.mark("samples after step", step)
-                        self._sample(state, step)
+                    if evaluates:
+                        self._sample(state, step, watch)
                     if saves:
                         watch.mark("saving step", step)
                         checkpoints.save(
@@ -453,17 +425,21 @@ class _Run:
             found |= tasks.values(tasks.score(params, self.cfg.model, tokenizer, self.asked))
         return found
 
-    def _sample(self, state: TrainState, step: int) -> None:
+    def _sample(self, state: TrainState, step: int, watch: Watchdog) -> None:
         cfg = self.cfg.eval
+        if not cfg.sample_tokens or jax.process_count() > 1:
+            return
+        watch.mark("samples after step", step)
         room = self.cfg.model.max_length if self.cfg.model.positions == "learned" else None
         n = cfg.sample_tokens if room is None else min(cfg.sample_tokens, room - 1)
         outs = generate(
             self.program.params(state),
             self.cfg.model,
             self.corpus.tokenizer,
-            list(cfg.prompts),
+            [self.corpus.prompt(text) for text in cfg.prompts],
             max_new_tokens=n,
             seed=self.cfg.seed,
+            end_tokens=self.corpus.end_tokens,
             add_bos=self.cfg.data.add_bos,
             temperature=cfg.temperature,
             top_k=cfg.top_k,
@@ -479,7 +455,7 @@ class _Run:
         result = summary.write(
             self.workdir,
             self.cfg,
-            self.program.specs,
+            self.program,
             corpus=self.corpus,
             evaluated=evaluated,
             flops=self.flops_per_token * self.tokens_per_step * int(state.step),

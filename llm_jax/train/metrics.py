@@ -3,6 +3,8 @@
 import functools
 import json
 import math
+import resource
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -66,6 +68,16 @@ def train_flops_per_token(specs: PyTree, cfg: ModelConfig, length: int) -> float
     head = -(-cfg.vocab_size // cfg.vocab_multiple) * cfg.vocab_multiple * cfg.d_model
     n = active_count(specs, cfg, embeddings=False) + head
     return 6 * n + 12 * cfg.n_layers * cfg.n_heads * cfg.head_dim * length
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most: on its accelerator where the driver counts them,
+    the one of its devices that held most; else in the machine's memory."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    if found := [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]:
+        return max(found)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class SpikeScore:

@@ -14,6 +14,7 @@ from llm_jax import sharding
 from llm_jax.config import OptimizerConfig
 from llm_jax.nn.params import ParamSpec, abstract, flatten, map_specs, select, unflatten
 from llm_jax.train.moments import stored_as
+from llm_jax.train.regularization import toward_start
 from llm_jax.types import PyTree
 
 # Biases that balance a router's experts without a loss: not AdamW's, whatever optimizer is chosen.
@@ -70,7 +71,10 @@ def merge(params: PyTree, frozen: PyTree | None) -> PyTree:
 def decay_mask(specs: PyTree, cfg: OptimizerConfig) -> PyTree:
     """Which parameters decay, a bool for each, by `decay_rules`."""
     flat = flatten(specs)
-    return unflatten(select(list(flat), cfg.decay_rules, "optimizer.decay_rules"))
+    own = cfg.decay_rules != OptimizerConfig().decay_rules  # ours may find nothing to spare
+    return unflatten(
+        select(list(flat), cfg.decay_rules, "optimizer.decay_rules", all_used=own)
+    )
 
 
 def make_optimizer(
@@ -86,6 +90,8 @@ def make_optimizer(
         optimizer = _with_rates(cfg, steps, specs)
     if cfg.moment_dtype != "float32":
         optimizer = stored_as(optimizer, jnp.dtype(cfg.moment_dtype))
+    if cfg.l2_to_start:
+        optimizer = optax.chain(toward_start(cfg.l2_to_start), optimizer)
     labels = {p: "balance" if BALANCE_BIAS.search(p) else "learn" for p in flatten(specs)}
     if "balance" not in labels.values():
         return optimizer

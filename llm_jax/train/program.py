@@ -17,8 +17,9 @@ from llm_jax.config import TrainConfig
 from llm_jax.nn import params as nn_params
 from llm_jax.objectives import likelihood
 from llm_jax.train import distributed
-from llm_jax.train.optimizer import make_optimizer, merge, partition, state_shardings
+from llm_jax.train.optimizer import make_optimizer, state_shardings
 from llm_jax.train.step import LossFn, make_train_step, micro_batches
+from llm_jax.train.tuning import Tuning, frozen_shardings, make_tuning
 from llm_jax.types import Array, Batch, Mean, PyTree, TrainState
 
 
@@ -26,7 +27,8 @@ class Program(NamedTuple):
     """A run's functions. All of them expect `mesh` to be entered with `jax.set_mesh`."""
 
     mesh: Mesh
-    specs: PyTree
+    specs: PyTree  # of the whole model
+    tuning: Tuning  # which of its parameters are trained, and what is trained beside them
     shardings: TrainState  # a NamedSharding for each leaf of the state
     init: Callable[[Array], TrainState]  # key -> state, born sharded
     start: Callable[[PyTree, Array], TrainState]  # (whole parameter tree, key) -> state
@@ -67,13 +69,13 @@ def build(cfg: TrainConfig, mesh: Mesh, loss_fn: LossFn | None = None) -> Progra
     sharding.check_divisible(cfg, dict(mesh.shape))
     model = models.family(cfg.model.family)
     specs = model.specs(cfg.model)
-    trainable, frozen = partition(specs, cfg.optimizer)
-    optimizer = make_optimizer(cfg.optimizer, cfg.steps, trainable, cfg.model.moe.bias_rate)
+    tuning = make_tuning(cfg, specs)
+    optimizer = make_optimizer(cfg.optimizer, cfg.steps, tuning.trained, cfg.model.moe.bias_rate)
     loss_fn = loss_fn or make_loss_fn(cfg)
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def start(params: PyTree, key: Array) -> TrainState:
-        params, frozen = partition(params, cfg.optimizer)
+        params, frozen = tuning.split(params, jax.random.fold_in(key, 1))
         return TrainState(
             step=jnp.int32(0),
             key=key,
@@ -85,13 +87,16 @@ def build(cfg: TrainConfig, mesh: Mesh, loss_fn: LossFn | None = None) -> Progra
             bad_steps=jnp.int32(0),
         )
 
-    cut = nn_params.shardings(trainable, mesh)
+    cut = nn_params.shardings(tuning.trained, mesh)
+    _, frozen = jax.eval_shape(
+        lambda: tuning.split(nn_params.init(specs, jax.random.key(0)), jax.random.key(0))
+    )
     shardings = TrainState(
         step=replicated,
         key=replicated,
         params=cut,
-        frozen=nn_params.shardings(frozen, mesh) if frozen else None,
-        opt_state=state_shardings(optimizer, trainable, mesh),
+        frozen=frozen and frozen_shardings(frozen, specs, mesh),
+        opt_state=state_shardings(optimizer, tuning.trained, mesh),
         ema=cut if cfg.optimizer.ema_decay else None,
         carry=None,
         bad_steps=replicated,
@@ -103,20 +108,24 @@ def build(cfg: TrainConfig, mesh: Mesh, loss_fn: LossFn | None = None) -> Progra
     def evaluate(params: PyTree, batch: Batch) -> dict[str, Mean]:
         return loss_fn(params, batch, None, None)[0].metrics
 
+    cast = partial(model.cast, dtype=cfg.model.dtype)
     return Program(
         mesh=mesh,
         specs=specs,
+        tuning=tuning,
         shardings=shardings,
         init=jax.jit(init, out_shardings=shardings),
         start=jax.jit(start, out_shardings=shardings),
         step=jax.jit(
-            make_train_step(loss_fn, optimizer, cfg, partial(model.cast, dtype=cfg.model.dtype)),
+            make_train_step(loss_fn, optimizer, cfg, cast, tuning.join),
             in_shardings=(shardings, None),
             out_shardings=(shardings, replicated),
             donate_argnums=0,
         ),
         evaluate=jax.jit(evaluate, out_shardings=replicated),
-        params=lambda state: merge(state.params if state.ema is None else state.ema, state.frozen),
+        params=lambda state: tuning.join(
+            state.params if state.ema is None else state.ema, state.frozen
+        ),
     )
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 
 from llm_jax.config import TrainConfig
-from llm_jax.nn.params import flatten
+from llm_jax.nn.params import flatten, unflatten
 from llm_jax.train.optimizer import BALANCE_BIAS, make_schedule, merge
+from llm_jax.train.regularization import penalise_norm
 from llm_jax.types import Array, Batch, Loss, Mean, PyTree, TrainState
 
 LossFn = Callable[[PyTree, Batch, PyTree, Array | None], tuple[Loss, PyTree]]
@@ -35,6 +36,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     cfg: TrainConfig,
     cast: Callable[[PyTree], PyTree] = lambda params: params,
+    join: Callable[[PyTree, PyTree | None], PyTree] = merge,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """A pure (state, batch) -> (state, metrics); batch leaves come as [k, B/k, ...].
 
@@ -45,28 +47,40 @@ def make_train_step(
     "grad_squares" [n leaves], whose entries are those of `flatten(params)` in order: they say where
     a non-finite gradient came from. Biases that balance experts are not part of the gradient norm:
     only the sign of theirs is used. `cast` makes the compute copy of the masters: micro-batches
-    share one.
+    share one. `join` makes the whole tree of the trained and the frozen part.
     """
     opt = cfg.optimizer
     schedule = make_schedule(opt, cfg.steps)
+    random = cfg.model.dropout or cfg.model.embed_noise or cfg.peft.dropout
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         k, rows = batch.tokens.shape[:2]
-        keys = row_keys(state.key, state.step, k, rows) if cfg.model.dropout else None
+        keys = row_keys(state.key, state.step, k, rows) if random else None
 
         def run(params, part, carry, keys, frozen=state.frozen):
-            return loss_fn(merge(params, frozen), part, carry, keys)
+            return loss_fn(join(params, frozen), part, carry, keys)
 
-        if k == 1:
+        def gradient(params: PyTree) -> tuple[PyTree, tuple[Loss, PyTree]]:
+            if k > 1:
+                return _accumulate(run, cast, state.replace(params=params), batch, keys, k)
 
             def objective(params):
                 part, part_keys = jax.tree.map(lambda x: x[0], (batch, keys))
                 loss, carry = run(params, part, state.carry, part_keys)
                 return loss.value(), (loss, carry)
 
-            grads, (loss, carry) = jax.grad(objective, has_aux=True)(state.params)
-        else:
-            grads, loss, carry = _accumulate(run, cast, state, batch, keys, k)
+            return jax.grad(objective, has_aux=True)(params)
+
+        grads, (loss, carry) = gradient(state.params)
+        if opt.gradient_penalty:
+            grads = penalise_norm(
+                lambda params: gradient(params)[0],
+                state.params,
+                grads,
+                unflatten({name: not BALANCE_BIAS.search(name) for name in flatten(grads)}),
+                strength=opt.gradient_penalty,
+                radius=opt.gradient_penalty_radius,
+            )
 
         flat = flatten(grads)
         squares = jnp.stack([jnp.sum(jnp.square(g.astype(jnp.float32))) for g in flat.values()])
@@ -122,7 +136,7 @@ def readable(metrics: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def _accumulate(run, cast, state: TrainState, batch: Batch, keys: Array | None, k: int):
-    """(gradient, Loss, carry) of k micro-batches that count as one batch."""
+    """(gradient, (Loss, carry)) of k micro-batches that count as one batch."""
     run = partial(run, frozen=None if state.frozen is None else cast(state.frozen))
     params = cast(state.params)
     carry = micro_batches(state.carry, k)
@@ -148,4 +162,4 @@ def _accumulate(run, cast, state: TrainState, batch: Batch, keys: Array | None, 
     grads, (losses, carry) = jax.lax.scan(body, zeros, (batch, carry, keys))
     loss = jax.tree.map(lambda x: jnp.sum(x, axis=0), losses)
     carry = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), carry)
-    return grads, loss, carry
+    return grads, (loss, carry)

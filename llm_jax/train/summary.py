@@ -11,8 +11,8 @@ from llm_jax import report, sharding
 from llm_jax.config import TrainConfig
 from llm_jax.nn import pipeline
 from llm_jax.nn.params import count
+from llm_jax.train.metrics import peak_memory
 from llm_jax.train.program import Program
-from llm_jax.types import PyTree
 
 
 def describe(
@@ -23,6 +23,7 @@ def describe(
     rows = {
         "parameters": count(program.specs),
         "parameters without embeddings": count(program.specs, embeddings=False),
+        "trained parameters": count(program.tuning.trained),
         "mesh": " ".join(f"{a}={n}" for a, n in mesh.shape.items() if n > 1) or "one device",
     }
     if (stages := mesh.shape["stage"]) > 1:
@@ -32,13 +33,12 @@ def describe(
         rows["pipeline"] = (
             f"{stages} stages, {n} micro-batches, turns {cfg.model.pipeline_turns}: {idle:.0%} bubble"
         )
-    held_out = corpus.evaluation
     return rows | {
         "compute type": cfg.model.dtype,
         "tokens a step": per_step,
         "tokens in all": per_step * cfg.steps,
-        "training tokens in the data": sum(s.tokens.total for s in corpus.train),
-        "held-out tokens": 0 if held_out is None else held_out.total,
+        "training tokens in the data": corpus.train_tokens,
+        "held-out tokens": corpus.eval_tokens,
         "training FLOPs": flops_per_token * per_step * cfg.steps,
     }
 
@@ -46,7 +46,7 @@ def describe(
 def write(
     workdir: Path,
     cfg: TrainConfig,
-    specs: PyTree,
+    program: Program,
     *,
     corpus: Any,
     evaluated: dict[str, float],
@@ -65,23 +65,28 @@ def write(
     recent = [
         v for s, v in zip(metrics["step"], metrics["loss"], strict=True) if s > cfg.steps - 100
     ]
-    rates = metrics["tokens_per_second"][2:] or metrics["tokens_per_second"]
+    rates, mfu = (
+        _later([v for v in metrics[key] if v is not None]) for key in ("tokens_per_second", "mfu")
+    )
     result = {
         "name": cfg.name,
         "steps": cfg.steps,
         "tokens": cfg.steps * cfg.batch_size * cfg.length,
-        "params": count(specs),
-        "params_non_embedding": count(specs, embeddings=False),
+        "params": count(program.specs),
+        "params_non_embedding": count(program.specs, embeddings=False),
+        "params_trained": count(program.tuning.trained),
         "flops": flops,
         "train_loss": statistics.fmean(v for v in recent if v is not None),
+        "eval_loss_at_start": metrics["eval_loss"][0] if metrics["step"][0] == 0 else None,
         "eval_loss": evaluated.get("eval_loss"),
         "bits_per_byte": evaluated.get("bits_per_byte"),
         "perplexity": evaluated.get("perplexity"),
         "eval_tokens": evaluated.get("eval_tokens"),
         **{name: value for name, value in evaluated.items() if "/" in name},  # eval.tasks
         "tokens_per_second": statistics.median(rates),
-        "mfu": statistics.median(metrics["mfu"][2:] or metrics["mfu"]),
+        "mfu": statistics.median(mfu),
         "wall_seconds": wall_seconds,
+        "peak_memory_bytes": peak_memory(),
     }
     (workdir / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
     write_report(workdir, cfg, result, metrics, corpus, compare(result) if compare else [])
@@ -174,22 +179,17 @@ def write_report(
             prompt = f", prompt {s['prompt']!r}" if s["prompt"] else ""
             blocks.append(report.Code(s["prompt"] + s["text"], caption=f"Step {s['step']}{prompt}"))
     blocks.append(report.Text("## Data"))
-    parts = [(s.name, s.tokens) for s in corpus.train]
-    if corpus.evaluation is not None:
-        parts.append(("held out", corpus.evaluation))
-    rows = [{"part": name, "documents": t.documents, "tokens": t.total} for name, t in parts]
-    for row, (_, t) in zip(rows, parts, strict=True):
-        if t.manifest is not None:
-            row |= {
-                "bytes": t.manifest.bytes,
-                "bytes per token": t.manifest.bytes / max(t.total, 1),
-            }
     blocks += [
-        report.Table(rows),
+        report.Table(corpus.parts()),
         report.Text("## Config"),
         report.Code((workdir / "config.json").read_text(), language="json"),
     ]
     return report.write_report(workdir, f"Training run: {cfg.name or workdir.name}", blocks)
+
+
+def _later(values: list[float]) -> list[float]:
+    """Without the first two, where there are more: they hold the warm-up."""
+    return values[2:] or values
 
 
 def _samples(workdir: Path) -> list[dict]:

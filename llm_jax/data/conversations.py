@@ -1,0 +1,371 @@
+"""Conversations from files: four layouts, one list of messages, and every row that is not one named.
+
+A row becomes `{"role": ..., "content": ...}` messages, whatever its layout:
+
+    alpaca      {"instruction", "input", "output", "history": [[user, assistant], ...]}
+    completion  {"prompt", "completion"}: texts, or lists of messages
+    messages    {"messages": [{"role", "content"}, ...], "tools": [...]}, as OpenAI writes them
+    sharegpt    {"conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from llm_jax import corpus
+from llm_jax.data import documents
+
+LAYOUTS = ("alpaca", "completion", "messages", "sharegpt")
+SUFFIXES = {".json", ".jsonl", ".ndjson", ".parquet"}  # what is read from a folder
+
+# What a malformed row is rejected for.
+RULES = {
+    "invalid UTF-8": "its bytes are not UTF-8",
+    "not JSON": "the line is not JSON",
+    "unknown layout": "its keys are those of no layout, or not those of data.dialogue.layout",
+    "wrong type": "something in it is not of the type that the layout has there",
+    "lone surrogate": "half a character, which UTF-8 cannot hold",
+    "missing role": "a turn does not say whose it is",
+    "unknown role": "a turn is of a role that no template knows",
+    "two turns in a row": "a user (or an assistant) speaks twice without the other between",
+    "assistant first": "the assistant speaks before anybody has asked",
+    "no answer": "there is no turn of an assistant",
+    "empty answer": "a turn of the assistant has no text (and calls no tool)",
+    "empty question": "a turn of the user has no text",
+    "long turn": "a turn is longer than data.dialogue.max_turn_chars",
+    "refused by the template": "the chat template raises an error, or loses a turn's place",
+    "refused by the tokenizer": "it cannot write the text, or writes another",
+}
+_ROLES = {"system", "user", "assistant", "tool"}
+_SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation and where it stands.
+
+    Attributes:
+      messages: dicts with "role" (system, user, assistant, tool) and "content" text, or
+        "tool_calls" in place of it; other keys of a row of messages are kept.
+      source: the file, data set or embedded corpus.
+      line: line number in a file of lines, number of the record elsewhere, from 1.
+      tools: JSON schemas of the functions that may be called.
+    """
+
+    messages: tuple[dict[str, Any], ...]
+    source: str
+    line: int
+    tools: tuple[dict[str, Any], ...] | None = None
+
+
+class Rejected(NamedTuple):
+    """A row that is no conversation."""
+
+    source: str
+    line: int
+    rule: str  # of RULES
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}: {self.rule}: {self.detail}"
+
+
+class Malformed(ValueError):
+    """A row breaks a rule."""
+
+    def __init__(self, rule: str, detail: str):
+        super().__init__(f"{rule}: {detail}")
+        self.rule, self.detail = rule, detail
+
+
+def read(
+    inputs: Sequence[str], *, layout: str = "auto", max_turn_chars: int = 200_000
+) -> tuple[list[Conversation], list[Rejected]]:
+    """All conversations of the inputs in order, and all rows that are none.
+
+    Inputs are those of `documents.read`: .json (a list of rows), .jsonl, .parquet (each but
+    .parquet also as .gz or .zst), folders, globs, `hf:NAME` and `embedded:questions`.
+
+    Args:
+      layout: one of LAYOUTS, or "auto": as each row's keys tell.
+      max_turn_chars: a longer turn is malformed.
+
+    Raises:
+      FileNotFoundError: an input that does not exist.
+      ValueError: a file of another kind, a damaged list, no row at all.
+    """
+    found, rejected = [], []
+    for item in documents.resolve(inputs, SUFFIXES):
+        for line, row in _rows(item):
+            try:
+                if isinstance(row, Malformed):
+                    raise row
+                messages, tools = parse(row, layout)
+                _check(messages, max_turn_chars, allow_empty_question=_is_completion(row, layout))
+                found.append(Conversation(tuple(messages), item, line, tools))
+            except Malformed as e:
+                rejected.append(Rejected(item, line, e.rule, e.detail))
+    if not found and not rejected:
+        raise ValueError(f"no conversation in {', '.join(inputs)}: no rows (data.inputs)")
+    return found, rejected
+
+
+def counts(rejected: Iterable[Rejected]) -> dict[str, int]:
+    """Rows by rule, the most frequent first."""
+    return dict(Counter(r.rule for r in rejected).most_common())
+
+
+# ---------------------------------------------------------------------------------------- layouts
+
+
+def parse(row: Any, layout: str = "auto") -> tuple[list[dict], tuple | None]:
+    """Messages and tools of a row. Raises Malformed."""
+    if isinstance(row, list):
+        row = {"messages": row}
+    if not isinstance(row, dict):
+        raise Malformed("wrong type", f"a row has to be an object, not {_kind(row)}")
+    detected = _layout(row)
+    if layout == "auto" and detected is None:
+        raise Malformed("unknown layout", f"its keys are {_keys(row)}")
+    if layout not in ("auto", detected):
+        raise Malformed("unknown layout", f"its keys {_keys(row)} are not those of {layout}")
+    tools = row.get("tools") or None
+    if tools is not None and not (
+        isinstance(tools, list) and all(isinstance(t, dict) for t in tools)
+    ):
+        raise Malformed("wrong type", "'tools' has to be a list of objects")
+    return _PARSERS[detected](row), tools and tuple(tools)
+
+
+def _layout(row: dict) -> str | None:
+    if "messages" in row:
+        return "messages"
+    if "conversations" in row:
+        turns = row["conversations"]
+        named = isinstance(turns, list) and any(isinstance(t, dict) and "role" in t for t in turns)
+        return "messages" if named else "sharegpt"
+    if "instruction" in row:
+        return "alpaca"
+    return "completion" if "prompt" in row and "completion" in row else None
+
+
+def _is_completion(row: Any, layout: str) -> bool:
+    """An empty prompt is a text that starts from nothing; an empty question is a mistake."""
+    return isinstance(row, dict) and _layout(row) == "completion"
+
+
+def _alpaca(row: dict) -> list[dict]:
+    messages = []
+    if row.get("system"):
+        messages.append({"role": "system", "content": _text(row, "system")})
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise Malformed("wrong type", f"'history' is {_kind(history)}, not a list of pairs")
+    for pair in history:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(type(t) is str for t in pair)):
+            raise Malformed("wrong type", "'history' has to be of [user, assistant] pairs of texts")
+        messages.append({"role": "user", "content": pair[0]})
+        messages.append({"role": "assistant", "content": pair[1]})
+    if "output" not in row:
+        raise Malformed("no answer", f"no 'output'; its keys are {_keys(row)}")
+    question = _text(row, "instruction")
+    if row.get("input") is not None:
+        given = _text(row, "input")
+        question = "\n\n".join(part for part in (question, given) if part.strip())
+    messages.append({"role": "user", "content": question})
+    messages.append({"role": "assistant", "content": _text(row, "output")})
+    return messages
+
+
+def _completion(row: dict) -> list[dict]:
+    if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
+        return _turns([*row["prompt"], *row["completion"]], "role", "content", _messages_role)
+    return [
+        {"role": "user", "content": _text(row, "prompt")},
+        {"role": "assistant", "content": _text(row, "completion")},
+    ]
+
+
+def _messages(row: dict) -> list[dict]:
+    turns = row["messages"] if "messages" in row else row["conversations"]
+    return _turns(turns, "role", "content", _messages_role)
+
+
+def _sharegpt(row: dict) -> list[dict]:
+    messages = _turns(row["conversations"], "from", "value", _SHAREGPT_ROLES.get)
+    if row.get("system"):
+        messages.insert(0, {"role": "system", "content": _text(row, "system")})
+    return messages
+
+
+_PARSERS = {
+    "alpaca": _alpaca,
+    "completion": _completion,
+    "messages": _messages,
+    "sharegpt": _sharegpt,
+}
+
+
+def _messages_role(name: str) -> str | None:
+    return "system" if name == "developer" else name if name in _ROLES else None
+
+
+def _turns(turns: Any, role_key: str, text_key: str, role_of: Any) -> list[dict]:
+    if not isinstance(turns, list):
+        raise Malformed("wrong type", f"the turns are {_kind(turns)}, not a list")
+    messages = []
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict):
+            raise Malformed("wrong type", f"turn {number} is {_kind(turn)}, not an object")
+        if turn.get(role_key) is None:
+            raise Malformed("missing role", f"turn {number} has no {role_key!r}")
+        role = role_of(turn[role_key]) if isinstance(turn[role_key], str) else None
+        if role is None:
+            raise Malformed("unknown role", f"turn {number} is of {turn[role_key]!r}"[:200])
+        kept = {k: v for k, v in turn.items() if k not in (role_key, text_key) and v is not None}
+        text = _content(turn.get(text_key), number)
+        calls = role == "assistant" and kept.get("tool_calls")
+        if text is None and not calls:
+            raise Malformed("wrong type", f"turn {number} has no {text_key!r}")
+        messages.append({"role": role, "content": text or "", **kept})
+    return messages
+
+
+def _content(value: Any, number: int) -> str | None:
+    """Text of a turn; OpenAI's list of text parts is one text."""
+    if isinstance(value, list):
+        if not all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in value):
+            raise Malformed("wrong type", f"turn {number} has parts that are not text")
+        return "".join(p["text"] for p in value)
+    if value is not None and not isinstance(value, str):
+        raise Malformed("wrong type", f"turn {number} is {_kind(value)}, not text")
+    return value
+
+
+def _text(row: dict, key: str) -> str:
+    if not isinstance(row[key], str):
+        raise Malformed("wrong type", f"{key!r} is {_kind(row[key])}, not text")
+    return row[key]
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _keys(row: dict) -> str:
+    return ", ".join(repr(k) for k in row)[:200] or "none"
+
+
+# ------------------------------------------------------------------------------------------ rules
+
+
+def _check(messages: list[dict], max_turn_chars: int, *, allow_empty_question: bool) -> None:
+    """Raises Malformed for what no model should learn from."""
+    before = None  # the role that spoke last; systems and tools may come in between
+    for number, message in enumerate(messages, 1):
+        role, text = message["role"], message["content"]
+        if len(text) > max_turn_chars:
+            raise Malformed("long turn", f"turn {number} has {len(text):,} characters")
+        _check_surrogates(message, number)
+        if role == "user":
+            if before == "user":
+                raise Malformed("two turns in a row", f"turn {number} is the user's again")
+            if not text.strip() and not allow_empty_question:
+                raise Malformed("empty question", f"turn {number}")
+        if role == "assistant":
+            if before is None:
+                raise Malformed("assistant first", f"turn {number}")
+            if before == "assistant":
+                raise Malformed("two turns in a row", f"turn {number} is the assistant's again")
+            if not text.strip() and not message.get("tool_calls"):
+                raise Malformed("empty answer", f"turn {number}")
+        before = before if role == "system" else role
+    if not any(m["role"] == "assistant" for m in messages):
+        raise Malformed("no answer", f"{len(messages)} turns, none of the assistant")
+
+
+def _check_surrogates(message: dict, number: int) -> None:
+    text = message["content"]
+    if len(message) > 2:  # what else a turn holds may be rendered too
+        text += json.dumps(message, ensure_ascii=False)
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise Malformed(
+            "lone surrogate", f"U+{ord(e.object[e.start]):04X} in turn {number}"
+        ) from None
+
+
+# ------------------------------------------------------------------------------------------- rows
+
+
+def _rows(item: str) -> Iterator[tuple[int, Any]]:
+    """(number, row) of an input; a Malformed in place of a row that cannot be read."""
+    if item.startswith("embedded:"):
+        if item != "embedded:questions":
+            raise ValueError(f"{item}: a text, not conversations; there is embedded:questions")
+        for number, (_, question, answer) in enumerate(corpus.questions(), 1):
+            yield number, {"prompt": question, "completion": answer}
+    elif item.startswith("hf:"):
+        yield from enumerate(documents.hugging_face_rows(item), 1)
+    elif (suffix := documents.suffix_of(item)) in (".jsonl", ".ndjson"):
+        for number, _, line in documents.lines(item):
+            if line.strip():
+                yield number, _json(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+    elif suffix == ".json":
+        yield from enumerate(_list(item), 1)
+    elif suffix == ".parquet":
+        yield from enumerate(documents.parquet_rows(item), 1)
+    else:
+        raise ValueError(
+            f"{item}: conversations are in {', '.join(sorted(SUFFIXES))} files (data.inputs)"
+        )
+
+
+def _json(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode())
+    except UnicodeDecodeError as e:
+        return Malformed("invalid UTF-8", f"byte 0x{line[e.start]:02x} at place {e.start + 1}")
+    except (json.JSONDecodeError, RecursionError) as e:
+        return Malformed("not JSON", f"{e}"[:200])
+
+
+def _list(path: str) -> Iterator[Any]:
+    """Rows of a JSON array, or a single row."""
+    content = b"".join(documents.chunks(path)).removeprefix(b"\xef\xbb\xbf")
+    # Bytes that are not UTF-8 become lone surrogates U+DC80 to U+DCFF, so that only their rows
+    # are lost.
+    text = content.decode(errors="surrogateescape")
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}:{e.lineno}: not JSON ({e.msg}); the list is damaged") from None
+    damaged = not text.isascii() and any("\udc80" <= c <= "\udcff" for c in text)
+    for row in rows if isinstance(rows, list) else [rows]:
+        if damaged and (byte := _escaped_byte(row)):
+            yield Malformed("invalid UTF-8", f"byte 0x{byte:02x}")
+        else:
+            yield row
+
+
+def _escaped_byte(row: Any) -> int | None:
+    """A byte that was not UTF-8; a surrogate that JSON spells `\\udc80` is taken for one too."""
+    for c in json.dumps(row, ensure_ascii=False):
+        if "\udc80" <= c <= "\udcff":
+            return ord(c) - 0xDC00
+    return None

@@ -1,0 +1,45 @@
+"""A run's data: text or conversations, made by one process and opened by the others."""
+
+from pathlib import Path
+
+from llm_jax.config import TrainConfig
+from llm_jax.data.dialogue import Dialogues, prepare_dialogues
+from llm_jax.data.prepare import Corpus, prepare_corpus, prepare_in
+from llm_jax.train import distributed
+
+Data = Corpus | Dialogues
+
+
+def prepare(cfg: TrainConfig, workdir: Path) -> Data:
+    """The data that `cfg` names, and in `cfg.steps` the number that `cfg.epochs` asks for.
+
+    Process 0 writes what is written, which takes as long as it takes; the others open it then.
+    """
+    data = _prepare(cfg, workdir)
+    if cfg.epochs:
+        rows = sum(data.loader(cfg).epoch_rows.values())
+        cfg.steps = max(round(cfg.epochs * rows / cfg.batch_size), 1)
+    return data
+
+
+def _prepare(cfg: TrainConfig, workdir: Path) -> Data:
+    made: list[Data] = []
+
+    def dialogues(writer: bool) -> Dialogues:
+        return prepare_dialogues(
+            cfg.data, cfg.tokenizer, str(workdir), length=cfg.length, writer=writer
+        )
+
+    def make() -> str:
+        if cfg.data.format == "dialogue":
+            made.append(dialogues(True))
+        else:
+            made.append(prepare_corpus(cfg.data, cfg.tokenizer, str(workdir)))
+        return made[0].directory
+
+    root = distributed.from_main("data", make)
+    if made:
+        return made[0]
+    if cfg.data.format == "dialogue":
+        return dialogues(False)
+    return prepare_in(root, cfg.data, cfg.tokenizer, writer=False, verify=False)

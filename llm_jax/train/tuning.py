@@ -1,0 +1,119 @@
+"""What a run trains, what it keeps as it is, and how both make the tree that a model takes.
+
+Without PEFT the trained and the frozen parameters are two halves of the model's tree. With it the
+trained arrays are few and new, and the frozen ones are the base model, perhaps quantised.
+"""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+
+from llm_jax import models, sharding
+from llm_jax.config import OptimizerConfig, PeftConfig, TrainConfig
+from llm_jax.nn import params as nn_params
+from llm_jax.nn.params import flatten, unflatten
+from llm_jax.nn.weights import is_weight
+from llm_jax.peft import lora, quantization
+from llm_jax.train.optimizer import merge, partition
+from llm_jax.types import Array, PyTree
+
+METHODS = {"lora": lora}
+
+
+class Tuning(NamedTuple):
+    """The two parts of a model's parameters in a run."""
+
+    trained: PyTree  # ParamSpecs of what the optimizer sees
+    split: Callable[[PyTree, Array], tuple[PyTree, PyTree | None]]  # (whole tree, key) -> parts
+    join: Callable[[PyTree, PyTree | None], PyTree]  # (trained, frozen) -> what models take
+
+
+def make_tuning(cfg: TrainConfig, specs: PyTree) -> Tuning:
+    """The parts of a model with the given `specs` under a frozen config.
+
+    Raises:
+      ValueError: patterns that match nothing, and `optimizer.freeze_rules` beside PEFT.
+    """
+    if cfg.peft.method == "none":
+        if cfg.peft.base != "float":
+            raise ValueError(
+                f"peft.base={cfg.peft.base} holds a frozen base, but peft.method=none trains every "
+                "parameter; set peft.method"
+            )
+        trained, _ = partition(specs, cfg.optimizer)
+        return Tuning(trained, lambda params, key: partition(params, cfg.optimizer), merge)
+    if cfg.optimizer.freeze_rules != OptimizerConfig().freeze_rules:
+        raise ValueError(
+            f"optimizer.freeze_rules and peft.method={cfg.peft.method} both say what is trained; "
+            "with PEFT name parameters that are trained beside it in peft.also"
+        )
+    method, scheme = METHODS[cfg.peft.method], _scheme(cfg.peft)
+    new = method.specs(specs, cfg.peft)
+    whole = _also(specs, new, cfg)
+    cast = partial(models.family(cfg.model.family).cast, dtype=cfg.model.dtype)
+
+    def held(base: PyTree) -> PyTree:
+        if scheme is None:
+            return cast(base)
+        return cast(quantization.quantize_tree(base, specs, scheme, cfg.peft.base_targets))
+
+    def split(params: PyTree, key: Array) -> tuple[PyTree, PyTree]:
+        flat = flatten(params)
+        own = {path: flat[path] for path in whole}
+        base = unflatten({path: leaf for path, leaf in flat.items() if path not in whole})
+        if hasattr(method, "start"):
+            trained = method.start(params, new, key, cfg.peft)
+        else:
+            trained = nn_params.init(new, key)
+        return unflatten({**flatten(trained), **own}), held(base)
+
+    def join(trained: PyTree, frozen: PyTree) -> PyTree:
+        flat = flatten(trained)
+        own = {path: flat.pop(path) for path in whole}
+        return method.attach(unflatten({**flatten(frozen), **own}), unflatten(flat), cfg.peft)
+
+    return Tuning(unflatten({**flatten(new), **whole}), split, join)
+
+
+def _scheme(cfg: PeftConfig) -> quantization.Scheme | None:
+    """How the matrices of a frozen base are quantised; None: not at all."""
+    match cfg.base:
+        case "nf4":
+            double = "-double" if cfg.base_double else ""
+            return quantization.parse(f"nf4-{cfg.base_block}{double}")
+        case "int8":
+            return quantization.parse("int8-channel")
+    return None
+
+
+def frozen_shardings(frozen: PyTree, specs: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
+    """A NamedSharding for each array of the frozen part, given its shapes."""
+    axes = {path: spec.axes for path, spec in flatten(specs).items()}
+
+    def one(path: str, leaf: PyTree) -> PyTree:
+        layout = leaf.layout(axes[path]) if is_weight(leaf) else axes[path]
+        return jax.tree.map(
+            lambda a: sharding.named(a, mesh), layout, is_leaf=lambda a: isinstance(a, tuple)
+        )
+
+    return unflatten({path: one(path, leaf) for path, leaf in flatten(frozen).items()})
+
+
+def _also(specs: PyTree, new: PyTree, cfg: TrainConfig) -> dict[str, nn_params.ParamSpec]:
+    """The model's own parameters that are trained whole."""
+    flat = flatten(specs)
+    found = {}
+    for pattern in cfg.peft.also:
+        hits = {path: spec for path, spec in flat.items() if re.search(pattern, path)}
+        if not hits:
+            raise ValueError(f"peft.also: the pattern {pattern!r} matches no parameter")
+        found |= hits
+    if both := [path for path in found if any(p.startswith(f"{path}/") for p in flatten(new))]:
+        raise ValueError(
+            f"peft.also trains {both[0]!r} whole, and peft.method={cfg.peft.method} gives it an update; "
+            "narrow peft.also or peft.targets"
+        )
+    return found

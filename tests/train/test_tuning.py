@@ -1,0 +1,153 @@
+"""PEFT in a run: what is trained, saved, resumed and loaded."""
+
+import jax
+import numpy as np
+import pytest
+from runs import run_config
+from tiny import random_batch, tiny_train
+
+import llm_jax
+from llm_jax import config as configs
+from llm_jax import sharding
+from llm_jax.config import MeshConfig
+from llm_jax.nn.params import flatten
+from llm_jax.nn.weights import is_weight
+from llm_jax.train import checkpoint
+from llm_jax.train.loop import train
+from llm_jax.train.program import build, put
+
+LORA = {"peft.method": "lora", "peft.rank": 4, "optimizer.ema_decay": 0.0}
+
+
+@pytest.fixture(scope="module")
+def base(corpus, tmp_path_factory):
+    """A run to start from."""
+    workdir = tmp_path_factory.mktemp("base")
+    train(run_config(corpus, **{"eval.sample_tokens": 0}), workdir)
+    return workdir
+
+
+def tune(corpus, base, workdir, **changes):
+    values = {"checkpoint.init_from": str(base), "eval.sample_tokens": 0, **LORA, **changes}
+    return train(run_config(corpus, **values), workdir)
+
+
+@pytest.fixture(scope="module")
+def tuned(corpus, base, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("tuned")
+    return workdir, tune(corpus, base, workdir, **{"eval.at_start": True, "peft.dropout": 0.1})
+
+
+def test_only_what_is_trained_is_in_the_checkpoint(base, tuned):
+    workdir, summary = tuned
+    saved = checkpoint._metadata(workdir / "checkpoints", 12)
+    names = set(flatten(saved))
+    assert "layers/attn/q/w/a" in names and "layers/mlp/down/w/b" in names
+    assert all(name.endswith(("/w/a", "/w/b")) for name in names) and len(names) == 14
+    # 2 layers of 4 attention matrices [32, 32] and 3 of the MLP [32, 64], rank 4
+    assert summary["params_trained"] == 2 * 4 * (4 * 64 + 3 * 96)
+    assert summary["eval_loss"] < summary["eval_loss_at_start"]
+    held = llm_jax.load(base)
+    batch = np.arange(20)[None]
+    before, after = held.logits(batch), llm_jax.load(workdir).logits(batch)
+    assert float(abs(before - after).max()) > 1e-3
+
+
+def test_a_stopped_run_goes_on_bit_equally(corpus, base, tuned, tmp_path):
+    workdir, summary = tuned
+    more = {"eval.at_start": True, "peft.dropout": 0.1}
+    cfg = {"steps": 12, "checkpoint.keep_last": 9}
+    tune(corpus, base, tmp_path / "run", **more, **cfg)
+    import shutil
+
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "12")
+    (tmp_path / "run" / "summary.json").unlink()
+    again = tune(corpus, base, tmp_path / "run", **more, **cfg)
+    assert again["eval_loss"] == summary["eval_loss"]
+
+
+def test_merged_saved_and_loaded(tuned, tmp_path):
+    workdir, _ = tuned
+    model = llm_jax.load(workdir)
+    ids = np.arange(24).reshape(2, 12)
+    model.save(tmp_path / "merged")
+    plain = llm_jax.load(tmp_path / "merged")
+    assert plain.config.peft.method == "none"
+    assert not any(map(is_weight, flatten(plain.params).values()))
+    np.testing.assert_allclose(plain.logits(ids), model.logits(ids), atol=1e-5)
+    assert model.generate(["the"], max_new_tokens=8, temperature=0.0) == plain.generate(
+        ["the"], max_new_tokens=8, temperature=0.0
+    )
+
+
+def test_tuning_goes_on_from_a_tuned_run(corpus, tuned, tmp_path):
+    workdir, summary = tuned
+    second = tune(corpus, workdir, tmp_path / "second", **{"eval.at_start": True})
+    np.testing.assert_allclose(second["eval_loss_at_start"], summary["eval_loss"], rtol=1e-5)
+
+
+def test_a_quantised_base(corpus, base, tmp_path):
+    summary = tune(corpus, base, tmp_path / "q", **{"peft.base": "nf4", "eval.at_start": True})
+    assert summary["eval_loss"] < summary["eval_loss_at_start"]
+    leaf = flatten(llm_jax.load(tmp_path / "q").params)["layers/attn/q/w"]
+    assert is_weight(leaf.base)
+    floats = [x for x in jax.tree.leaves(leaf.base) if x.ndim > 2 and x.dtype == np.float32]
+    assert not floats, "the base is held quantised"
+
+
+def test_parameters_trained_whole_beside_it(corpus, base, tmp_path):
+    summary = tune(corpus, base, tmp_path / "also", **{"peft.also": ("norm/scale$",)})
+    names = set(flatten(checkpoint._metadata(tmp_path / "also" / "checkpoints", 12)))
+    assert {"final_norm/scale", "layers/attn_norm/scale", "layers/mlp_norm/scale"} < names
+    was = flatten(llm_jax.load(base).params)["final_norm/scale"]
+    now = flatten(llm_jax.load(tmp_path / "also").params)["final_norm/scale"]
+    assert float(abs(was - now).max()) > 0 and summary["bits_per_byte"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"checkpoint.init_from": ""}, "name it with --init_from"),
+        ({"peft.targets": "nothing"}, "peft.targets='nothing' matches no parameter"),
+        ({"peft.also": ("nothing",)}, "peft.also: the pattern 'nothing' matches no parameter"),
+        ({"peft.also": ("attn/q/w",)}, "narrow peft.also or peft.targets"),
+        ({"optimizer.freeze_rules": ((".*", True),)}, "both say what is trained"),
+        ({"peft.method": "none", "peft.base": "nf4"}, "peft.method=none trains every parameter"),
+    ],
+)
+def test_what_cannot_work_is_named(corpus, base, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        tune(corpus, base, tmp_path, **changes)
+
+
+def test_a_base_that_is_gone_is_named(corpus, base, tmp_path):
+    import shutil
+
+    shutil.copytree(base, tmp_path / "base")
+    tune(corpus, tmp_path / "base", tmp_path / "run", steps=4)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match="say where it is with base="):
+        llm_jax.load(tmp_path / "run")
+    llm_jax.load(tmp_path / "run", base=tmp_path / "moved")
+
+
+@pytest.mark.parametrize("held", ["float", "int8", "nf4"])
+def test_a_mesh_changes_nothing(held):
+    batch = random_batch(packed=True)
+
+    def losses(**mesh):
+        cfg = tiny_train(**{"peft.method": "lora", "peft.base": held, "peft.dropout": 0.1, "steps": 8})
+        m = sharding.make_mesh(MeshConfig(**mesh), jax.devices()[: int(np.prod([*mesh.values()]))])
+        with jax.set_mesh(m):
+            program = build(cfg, m)
+            state, out = program.init(jax.random.key(0)), []
+            for _ in range(8):
+                state, metrics = program.step(state, put(batch, m, 1))
+                out.append(float(metrics["loss"]))
+            assert int(state.bad_steps) == 0
+        return out
+
+    one = losses(data=1)
+    assert one[-1] < one[0]
+    np.testing.assert_allclose(losses(data=1, fsdp=2, tensor=2), one, rtol=2e-6)
+    np.testing.assert_allclose(losses(data=2, context=2), one, rtol=2e-6)
