@@ -36,6 +36,15 @@ def define_config(cls: type = TrainConfig, name: str = "config", default: str | 
     return holder
 
 
+def define_base() -> Any:
+    """Defines `--base`, beside a flag that may name an adapter; returns the flag holder."""
+    holder = flags.DEFINE_string(
+        "base", None, "the model that an adapter belongs to; default: the one that it names"
+    )
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["base"])
+    return holder
+
+
 def define_distributed() -> Callable[[], AbstractContextManager]:
     """Defines the flags of a job of several processes.
 

@@ -14,6 +14,7 @@ from experiments import cli
 
 _TEST = flags.DEFINE_enum("test", "order", ["order", "min_k", "overlap"], "what to ask")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "the model (order, min_k); as llm_jax.load")
+_BASE = cli.define_base()
 _INPUT = flags.DEFINE_string(
     "input", None, "evaluation set: .jsonl, .json, .parquet, or text with one item a line"
 )
@@ -69,7 +70,7 @@ def _with_model(items: list[str]) -> tuple[dict, str]:
     from llm_jax.decode.generate import start_ids
     from llm_jax.eval import contamination, scoring
 
-    model = llm_jax.load(_CHECKPOINT.value)
+    model = llm_jax.load(_CHECKPOINT.value, base=_BASE.value)
     cfg = model.config.model
     common = {"length": _LENGTH.value or cfg.max_length, "start": start_ids(model.tokenizer)[0]}
     encode = model.tokenizer.encode

@@ -3,6 +3,7 @@
 python -m experiments.convert --from=hf --to=llm_jax --input=SmolLM2-135M --output=runs/smollm2 --verify
 python -m experiments.convert --from=gguf --to=hf --input=model.gguf --output=exported --dtype=bfloat16
 python -m experiments.convert --from=llm_jax --to=hf --input=runs/quickstart --output=exported
+python -m experiments.convert --from=llm_jax --to=peft --input=runs/lora --output=adapter
 """
 
 import itertools
@@ -13,8 +14,16 @@ from absl import flags
 
 from experiments import cli
 
-_FROM = flags.DEFINE_enum("from", None, ["hf", "gguf", "llama2c", "llm_jax"], "what --input is")
-_TO = flags.DEFINE_enum("to", None, ["llm_jax", "hf"], "what --output becomes")
+_FROM = flags.DEFINE_enum(
+    "from", None, ["hf", "gguf", "llama2c", "llm_jax", "peft"], "what --input is"
+)
+_TO = flags.DEFINE_enum(
+    "to",
+    None,
+    ["llm_jax", "hf", "peft"],
+    "what --output becomes; peft: an adapter without its base",
+)
+_BASE = cli.define_base()
 _INPUT = flags.DEFINE_string("input", None, "folder or file to read")
 _OUTPUT = flags.DEFINE_string("output", None, "new folder to write")
 _TOKENIZER = flags.DEFINE_string(
@@ -36,16 +45,24 @@ flags.mark_flags_as_required(["from", "to", "input", "output"])
 def main(argv: list[str]) -> None:
     del argv
     import llm_jax
-    from llm_jax.interop import pretrained
+    from llm_jax.interop import peft_format, pretrained
 
     looks = pretrained.kind(_INPUT.value) or "llm_jax"
+    if peft_format.is_folder(_INPUT.value):
+        looks = "peft"
     if Path(_INPUT.value).expanduser().exists() and looks != _FROM.value != "llama2c":
         raise ValueError(f"--from={_FROM.value}, but --input={_INPUT.value} looks like {looks}")
     model = llm_jax.load(
-        _INPUT.value, source=_FROM.value, tokenizer=_TOKENIZER.value, dtype="float32"
+        _INPUT.value,
+        source=_FROM.value,
+        tokenizer=_TOKENIZER.value,
+        base=_BASE.value,
+        dtype="float32",
     )
     if _TO.value == "llm_jax":
         model.save(_OUTPUT.value)
+    elif _TO.value == "peft":
+        model.save_adapter(_OUTPUT.value)
     else:
         summary = Path(_INPUT.value) / "summary.json"
         notes = model.export(
@@ -76,7 +93,7 @@ def verify(model) -> None:
     tokens = np.array(ids[: len(ids) // length * length], np.int32).reshape(-1, length)
     flat = lambda x: np.asarray(x).reshape(-1, x.shape[-1])  # noqa: E731
     ours = flat(model.logits(tokens))
-    again = llm_jax.load(_OUTPUT.value).logits(tokens)
+    again = llm_jax.load(_OUTPUT.value, base=_BASE.value).logits(tokens)
     print(f"output against input: {reference.agreement(ours, flat(again))}")
     theirs = [
         ("input", _INPUT.value, _FROM.value in ("hf", "gguf")),

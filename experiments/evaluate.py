@@ -13,6 +13,7 @@ from experiments import cli
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "run directory, step folder, Hugging Face folder, .gguf or .bin file"
 )
+_BASE = cli.define_base()
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "default: the one that comes with the model")
 _TASK = flags.DEFINE_list(
     "task",
@@ -96,7 +97,9 @@ def main(argv: list[str]) -> None:
     from llm_jax.eval import run
 
     run.expand(_TASK.value)  # a typing error shows before the model is loaded
-    model = llm_jax.load(_CHECKPOINT.value, tokenizer=_TOKENIZER.value, mesh=MeshConfig())
+    model = llm_jax.load(
+        _CHECKPOINT.value, base=_BASE.value, tokenizer=_TOKENIZER.value, mesh=MeshConfig()
+    )
     options = run.Options(
         input=_INPUT.value,
         fewshot_input=_FEWSHOT_INPUT.value,

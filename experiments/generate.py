@@ -18,6 +18,7 @@ _CHECKPOINT = flags.DEFINE_string(
     "llama2.c .bin",
     required=True,
 )
+_BASE = cli.define_base()
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "tokenizer to use in place of the one that comes along"
 )
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> None:
 
     import llm_jax
 
-    model = llm_jax.load(_CHECKPOINT.value, tokenizer=_TOKENIZER.value)
+    model = llm_jax.load(_CHECKPOINT.value, base=_BASE.value, tokenizer=_TOKENIZER.value)
     given = prompts
     if _SYSTEM.value and not _CHAT.value:
         raise ValueError("--system is for --chat")

@@ -17,6 +17,7 @@ _CHECKPOINT = flags.DEFINE_string(
     "run directory, step folder, Hugging Face folder, .gguf or .bin file",
     required=True,
 )
+_BASE = cli.define_base()
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "default: the one that comes with the model")
 _TASKS = flags.DEFINE_list("tasks", None, "names of tasks, groups or tags", required=True)
 _INCLUDE_PATH = flags.DEFINE_string("include_path", None, "folder of task files of your own")
@@ -53,7 +54,9 @@ def main(argv: list[str]) -> None:
         output,
     )
 
-    model = llm_jax.load(_CHECKPOINT.value, tokenizer=_TOKENIZER.value, mesh=MeshConfig())
+    model = llm_jax.load(
+        _CHECKPOINT.value, base=_BASE.value, tokenizer=_TOKENIZER.value, mesh=MeshConfig()
+    )
     results = harness.evaluate(
         model,
         _TASKS.value,

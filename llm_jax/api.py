@@ -14,7 +14,7 @@ from llm_jax import models, sharding, tokenizers
 from llm_jax.config import MeshConfig, PeftConfig, TrainConfig
 from llm_jax.decode.generate import Completion, generate
 from llm_jax.eval.likelihood import text_log_probs
-from llm_jax.interop import huggingface, pretrained
+from llm_jax.interop import huggingface, peft_format, pretrained
 from llm_jax.interop.model_card import model_card
 from llm_jax.peft import lora
 from llm_jax.tokenizers.export import huggingface_files
@@ -29,12 +29,19 @@ class Model:
       config: the frozen TrainConfig it was trained with.
       params: its parameter tree.
       tokenizer: its tokenizer.
+      trained: of an adapted model, what was trained of `params`; else None.
     """
 
     def __init__(
-        self, config: TrainConfig, params: PyTree, tokenizer: Any, mesh: jax.sharding.Mesh
+        self,
+        config: TrainConfig,
+        params: PyTree,
+        tokenizer: Any,
+        mesh: jax.sharding.Mesh,
+        trained: PyTree | None = None,
     ):
         self.config, self.params, self.tokenizer, self.mesh = config, params, tokenizer, mesh
+        self.trained = trained
 
     def logits(self, tokens: Any) -> Array:
         """Ids [B, L] -> float32 [B, L, V]: logits of the token after each.
@@ -87,6 +94,31 @@ class Model:
         ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         return self.generate([ids], **sampling)[0].strip()
 
+    def with_adapter(self, path: str | Path) -> "Model":
+        """This model with what a run with PEFT, or a Hugging Face PEFT folder, trained on it. Its
+        arrays are shared, so that many adapters cost one base; this object stays as it is.
+
+        Raises:
+          FileNotFoundError: no adapter there.
+          ValueError: an adapter of another model, or this model has one already.
+        """
+        if self.trained is not None:
+            raise ValueError("this model has an adapter; take the base, or merged()")
+        config, tokenizer = configs.thaw(self.config), self.tokenizer
+        if peft_format.is_folder(path):
+            config.peft, trained = peft_format.load(path, self.config.model, self.mesh)
+        else:
+            run = checkpoint.load_config(path)
+            if run.peft.method == "none":
+                raise ValueError(f"{path} is a whole model, not an adapter; load it")
+            config.peft, config.data = configs.thaw(run.peft), configs.thaw(run.data)
+            config.checkpoint.init_from = run.checkpoint.init_from
+            trained = base_model.load_trained(path, run, self.mesh)
+            tokenizer = checkpoint.load_tokenizer(path)
+        config = configs.freeze(config)
+        params = base_model.tuned(self.params, trained, config)
+        return Model(config, params, tokenizer, self.mesh, trained)
+
     def merged(self) -> "Model":
         """The same model with plain arrays: adapters added to their matrices, quantised ones as
         they are computed with. It can be saved, exported, and tuned anew.
@@ -102,6 +134,18 @@ class Model:
         config = configs.thaw(self.config)
         config.peft = PeftConfig()
         return Model(configs.freeze(config), lora.merge(self.params), self.tokenizer, self.mesh)
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Writes what was trained as a new Hugging Face PEFT folder.
+
+        Raises:
+          FileExistsError: the folder is there and not empty.
+          ValueError: this model has no adapter, or one that the format has no place for.
+        """
+        if self.trained is None:
+            raise ValueError("this model has no adapter; save or export it")
+        base = self.config.checkpoint.init_from
+        peft_format.save(folder, self.trained, self.config.peft, self.config.model, base=base)
 
     def save(self, folder: str | Path) -> None:
         """Writes a checkpoint into a new folder, from which `load`, every binary and
@@ -173,13 +217,13 @@ def load(
     dtype: str | None = None,
 ) -> Model:
     """Loads a model: a run directory, its checkpoints folder or one step folder; a Hugging Face
-    folder; a `.gguf` file; or a llama2.c `.bin`.
+    folder; a `.gguf` file; a llama2.c `.bin`; or a Hugging Face PEFT folder with its base.
 
     Args:
       source: "llm_jax", "hf", "gguf" or "llama2c"; None: by its looks.
       tokenizer: a tokenizer to use in place of the one that comes along; a llama2.c file without
         one beside it needs it.
-      base: where the base model of a run with PEFT is now, if it has moved.
+      base: the base model of a run with PEFT or of a PEFT folder; None: the one that they name.
       mesh: None puts everything on one device, whatever mesh it was trained on.
       dtype: what weights of other formats are kept in; None: the type that the model computes in,
         which is float32 on a CPU and bfloat16 elsewhere. Exporting what was kept in bfloat16
@@ -192,20 +236,30 @@ def load(
     """
     devices = jax.devices()[:1] if mesh is None else None
     device_mesh = sharding.make_mesh(mesh or MeshConfig(), devices)
+    if peft_format.is_folder(path):
+        found = base or peft_format.base_of(path)
+        return load(found, tokenizer=tokenizer, mesh=mesh, dtype=dtype).with_adapter(path)
     source = source or pretrained.kind(path)
     if source in pretrained.FORMATS:
+        _no_base(path, base)
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         found = pretrained.load(path, device_mesh, source=source, tokenizer=tokenizer, dtype=dtype)
         config = imported_config(found)
         return Model(config, found.params, found.tokenizer, device_mesh)
     config = checkpoint.load_config(path)
-    if config.peft.method == "none":
-        specs = models.family(config.model.family).specs(config.model)
-        params = checkpoint.load_params(path, specs, device_mesh)
-    else:
-        params = base_model.load_tuned(path, config, device_mesh, base)
+    if config.peft.method != "none":
+        found = base or base_model.base_of(path, config)
+        return load(found, tokenizer=tokenizer, mesh=mesh, dtype=dtype).with_adapter(path)
+    _no_base(path, base)
+    specs = models.family(config.model.family).specs(config.model)
+    params = checkpoint.load_params(path, specs, device_mesh)
     own = tokenizers.load(tokenizer) if tokenizer else checkpoint.load_tokenizer(path)
     return Model(config, params, own, device_mesh)
+
+
+def _no_base(path: str | Path, base: str | Path | None) -> None:
+    if base:
+        raise ValueError(f"{path} is a whole model; --base={base} is for an adapter, drop it")
 
 
 def imported_config(found: pretrained.Pretrained) -> TrainConfig:

@@ -28,7 +28,7 @@ def run_notebook(name: str, workdir: Path, monkeypatch) -> tuple[str, int]:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_no_outputs_are_committed(path: Path):
     assert not any(cell.get("outputs") for cell in nbformat.read(path, as_version=4).cells)
-    assert path.stem in ("quickstart", "scaling"), f"{path.name} has no test here"
+    assert path.stem in ("quickstart", "scaling", "tuning"), f"{path.name} has no test here"
 
 
 def test_quickstart(tmp_path, monkeypatch):
@@ -52,3 +52,10 @@ def test_scaling(tmp_path, monkeypatch):
     cfg = module.get_config()
     tokens = cfg.steps * cfg.batch_size * cfg.length
     assert tokens == pytest.approx(law["details"]["optimum"]["D*"], rel=0.05)
+
+
+def test_tuning(tmp_path, monkeypatch):
+    printed, images = run_notebook("tuning.ipynb", tmp_path / "run", monkeypatch)
+    assert "lora   answers" in printed and "answer:" in printed
+    assert printed.split("answer:")[1].split("merged:")[0].strip() in printed.split("merged:")[1]
+    assert images == 1

@@ -74,29 +74,43 @@ def load_params(path: str | Path, specs: PyTree, mesh: jax.sharding.Mesh) -> PyT
         cfg = checkpoint.load_config(path)
         if cfg.peft.method == "none":
             return checkpoint.load_params(path, specs, mesh)
-        params = lora.merge(load_tuned(path, cfg, mesh))
+        trained = load_trained(path, cfg, mesh)
+        base = load_params(base_of(path, cfg), specs, mesh)
+        params = lora.merge(tuned(base, trained, cfg))
     checkpoint.check_shapes(specs, params, str(path))
     return params
 
 
-def load_tuned(
-    path: str | Path, cfg: TrainConfig, mesh: jax.sharding.Mesh, base: str | Path | None = None
-) -> PyTree:
-    """The whole tree of a run with PEFT, whose config is `cfg`: the leaves that it was trained
-    with, on its base (`base`: where that is now).
+def base_of(path: str | Path, cfg: TrainConfig) -> Path:
+    """The model that a run with PEFT, whose config is `cfg`, was started from.
 
     Raises:
-      FileNotFoundError: the base is gone.
-      ValueError: the base is another model.
+      FileNotFoundError: it is gone.
     """
-    base = base or cfg.checkpoint.init_from
-    if not Path(base).expanduser().exists():
+    base = Path(cfg.checkpoint.init_from)
+    if not base.exists():
         raise FileNotFoundError(
             f"{path} holds what peft.method={cfg.peft.method} trained on {base}, which is not there; "
-            "say where it is with base= (--base)"
+            "say where it is now with --base (base=)"
         )
+    return base
+
+
+def load_trained(path: str | Path, cfg: TrainConfig, mesh: jax.sharding.Mesh) -> PyTree:
+    """What a run with PEFT, whose config is `cfg`, trained."""
     specs = models.family(cfg.model.family).specs(cfg.model)
+    return checkpoint.load_params(path, make_tuning(cfg, specs).trained, mesh)
+
+
+def tuned(params: PyTree, trained: PyTree, cfg: TrainConfig) -> PyTree:
+    """A base's parameters with what PEFT trained on them, as `cfg.peft` says: a tree of leaves that
+    shares the base's arrays, but for those that it holds in another type.
+
+    Raises:
+      ValueError: the base has other shapes than `cfg.model`.
+    """
+    specs = models.family(cfg.model.family).specs(cfg.model)
+    checkpoint.check_shapes(specs, params, "the base")
     tuning = make_tuning(cfg, specs)
-    trained = checkpoint.load_params(path, tuning.trained, mesh)
-    _, frozen = tuning.split(load_params(base, specs, mesh), jax.random.key(0))
+    _, frozen = tuning.split(params, jax.random.key(0))
     return tuning.join(trained, frozen)

@@ -1,6 +1,6 @@
 """Training that leaves nothing behind: for experiments that train many small models."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -26,15 +26,16 @@ def train(
     batch: Callable[[int], Batch],
     *,
     start: PyTree | None = None,
+    devices: Sequence[jax.Device] | None = None,
     watch: Callable[[int, PyTree], None] | None = None,
 ) -> Trained:
     """Trains the frozen, resolved `cfg` on `batch(step)` for steps 0, 1, ... of numpy rows.
 
-    It goes on from `start`, a whole parameter tree, or else from a fresh one.
-    `watch(step, params)` sees the parameters before the first step and after each. Steps whose loss
+    It goes on from `start`, a whole parameter tree, or else from a fresh one, on `devices` (default:
+    all). `watch(step, params)` sees the parameters before the first step and after each. Steps whose loss
     is not finite are skipped, as in every run; their loss is in `losses` as it was.
     """
-    mesh = sharding.make_mesh(cfg.mesh)
+    mesh = sharding.make_mesh(cfg.mesh, devices)
     with jax.set_mesh(mesh):
         made = program.build(cfg, mesh)
         key = jax.random.key(cfg.seed)

@@ -157,7 +157,10 @@ class _Run:
         self.loader = corpus.loader(cfg, blocks, block_count)
         self.eval_batches = corpus.eval_batches(cfg, blocks, block_count)
         self.tokens_per_step = cfg.batch_size * cfg.length
-        self.flops_per_token = train_flops_per_token(program.specs, cfg.model, cfg.length)
+        tunes = cfg.peft.method != "none"
+        self.flops_per_token = train_flops_per_token(
+            program.specs, cfg.model, cfg.length, program.tuning.trained if tunes else None
+        )
         self.samples: list[dict] = []
         self.asked = self._questions() if jax.process_count() == 1 else None
         distributed.check_equal(

@@ -58,16 +58,25 @@ def active_count(specs: PyTree, cfg: ModelConfig, *, embeddings: bool = True) ->
     return count(specs, embeddings=embeddings) - (1 - share) * count(unflatten(routed))
 
 
-def train_flops_per_token(specs: PyTree, cfg: ModelConfig, length: int) -> float:
+def train_flops_per_token(
+    specs: PyTree, cfg: ModelConfig, length: int, trained: PyTree | None = None
+) -> float:
     """FLOPs of forward and backward per token: 6 N + 12 M H Dh L (Chowdhery et al. 2022).
 
     N counts what a token is multiplied with: all parameters but the embedding tables, plus the
     output head; of a layer's routed experts only the top_k that a token goes through. The
-    attention term is the full one, without the causal half.
+    attention term is the full one, without the causal half. Of a tuned model, whose `trained` specs
+    are given, the frozen parameters have no gradient of their own: 4 N, and 2 or 6 for each trained
+    one, which is the model's own or new.
     """
     head = -(-cfg.vocab_size // cfg.vocab_multiple) * cfg.vocab_multiple * cfg.d_model
     n = active_count(specs, cfg, embeddings=False) + head
-    return 6 * n + 12 * cfg.n_layers * cfg.n_heads * cfg.head_dim * length
+    attention = 12 * cfg.n_layers * cfg.n_heads * cfg.head_dim * length
+    if trained is None:
+        return 6 * n + attention
+    own = flatten(specs)
+    flops = ((2 if path in own else 6) * math.prod(s.shape) for path, s in flatten(trained).items())
+    return 4 * n + sum(flops) + attention
 
 
 def peak_memory() -> int:

@@ -72,9 +72,7 @@ def decay_mask(specs: PyTree, cfg: OptimizerConfig) -> PyTree:
     """Which parameters decay, a bool for each, by `decay_rules`."""
     flat = flatten(specs)
     own = cfg.decay_rules != OptimizerConfig().decay_rules  # ours may find nothing to spare
-    return unflatten(
-        select(list(flat), cfg.decay_rules, "optimizer.decay_rules", all_used=own)
-    )
+    return unflatten(select(list(flat), cfg.decay_rules, "optimizer.decay_rules", all_used=own))
 
 
 def make_optimizer(

@@ -1,5 +1,7 @@
 """PEFT in a run: what is trained, saved, resumed and loaded."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -7,14 +9,15 @@ from runs import run_config
 from tiny import random_batch, tiny_train
 
 import llm_jax
-from llm_jax import config as configs
-from llm_jax import sharding
+from llm_jax import models, sharding
 from llm_jax.config import MeshConfig
-from llm_jax.nn.params import flatten
+from llm_jax.nn.params import count, flatten
 from llm_jax.nn.weights import is_weight
 from llm_jax.train import checkpoint
 from llm_jax.train.loop import train
+from llm_jax.train.metrics import train_flops_per_token
 from llm_jax.train.program import build, put
+from llm_jax.train.tuning import make_tuning
 
 LORA = {"peft.method": "lora", "peft.rank": 4, "optimizer.ema_decay": 0.0}
 
@@ -54,12 +57,10 @@ def test_only_what_is_trained_is_in_the_checkpoint(base, tuned):
 
 
 def test_a_stopped_run_goes_on_bit_equally(corpus, base, tuned, tmp_path):
-    workdir, summary = tuned
+    _, summary = tuned
     more = {"eval.at_start": True, "peft.dropout": 0.1}
     cfg = {"steps": 12, "checkpoint.keep_last": 9}
     tune(corpus, base, tmp_path / "run", **more, **cfg)
-    import shutil
-
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "12")
     (tmp_path / "run" / "summary.json").unlink()
     again = tune(corpus, base, tmp_path / "run", **more, **cfg)
@@ -121,12 +122,10 @@ def test_what_cannot_work_is_named(corpus, base, tmp_path, changes, message):
 
 
 def test_a_base_that_is_gone_is_named(corpus, base, tmp_path):
-    import shutil
-
     shutil.copytree(base, tmp_path / "base")
     tune(corpus, tmp_path / "base", tmp_path / "run", steps=4)
     (tmp_path / "base").rename(tmp_path / "moved")
-    with pytest.raises(FileNotFoundError, match="say where it is with base="):
+    with pytest.raises(FileNotFoundError, match="say where it is now with --base"):
         llm_jax.load(tmp_path / "run")
     llm_jax.load(tmp_path / "run", base=tmp_path / "moved")
 
@@ -136,7 +135,9 @@ def test_a_mesh_changes_nothing(held):
     batch = random_batch(packed=True)
 
     def losses(**mesh):
-        cfg = tiny_train(**{"peft.method": "lora", "peft.base": held, "peft.dropout": 0.1, "steps": 8})
+        cfg = tiny_train(
+            **{"peft.method": "lora", "peft.base": held, "peft.dropout": 0.1, "steps": 8}
+        )
         m = sharding.make_mesh(MeshConfig(**mesh), jax.devices()[: int(np.prod([*mesh.values()]))])
         with jax.set_mesh(m):
             program = build(cfg, m)
@@ -151,3 +152,39 @@ def test_a_mesh_changes_nothing(held):
     assert one[-1] < one[0]
     np.testing.assert_allclose(losses(data=1, fsdp=2, tensor=2), one, rtol=2e-6)
     np.testing.assert_allclose(losses(data=2, context=2), one, rtol=2e-6)
+
+
+def test_adapters_share_one_base_and_come_back_from_a_peft_folder(base, tuned, tmp_path):
+    workdir, _ = tuned
+    held = llm_jax.load(base)
+    first = held.with_adapter(workdir)
+    assert held.trained is None and first.trained is not None
+    leaf = flatten(first.params)["layers/attn/q/w"]
+    assert leaf.base is flatten(held.params)["layers/attn/q/w"], "the base is not copied"
+    ids = np.arange(16)[None]
+    first.save_adapter(tmp_path / "adapter")
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    again = llm_jax.load(tmp_path / "adapter", base=base)
+    np.testing.assert_allclose(again.logits(ids), first.logits(ids), atol=1e-5)
+    assert float(abs(first.logits(ids) - held.logits(ids)).max()) > 1e-3
+    with pytest.raises(ValueError, match="has an adapter"):
+        first.with_adapter(workdir)
+    with pytest.raises(ValueError, match="is a whole model, not an adapter"):
+        held.with_adapter(base)
+    with pytest.raises(ValueError, match="is for an adapter, drop it"):
+        llm_jax.load(base, base=base)
+    with pytest.raises(ValueError, match="no adapter; save or export"):
+        held.save_adapter(tmp_path / "none")
+
+
+def test_flops_of_tuning():
+    specs = models.family("decoder").specs(tiny_train().model)
+    full = train_flops_per_token(specs, tiny_train().model, 16)
+    cfg = tiny_train(**{"peft.method": "lora", "peft.rank": 4})
+    trained = make_tuning(cfg, specs).trained
+    attention = 12 * 2 * 8 * 4 * 16  # layers, heads, their width, length
+    got = train_flops_per_token(specs, cfg.model, 16, trained)
+    assert got == (full - attention) * 4 / 6 + 6 * count(trained) + attention
