@@ -69,10 +69,12 @@ def load_tensors(
     *,
     dtype: str = "float32",
     where: str = CONFIG,
+    hold: weights.Hold | None = None,
 ) -> tuple[ModelConfig, PyTree]:
     """The same from a config.json's values and any source of tensors under Hugging Face's names.
 
     What the model family computes in float32 (norms, routers) is kept in it whatever `dtype` says.
+    `hold`: as in `weights.load`.
     """
     cfg = read_config(values, where)
     kind = "gemma3_text" if values["model_type"] == "gemma3" else values["model_type"]
@@ -88,7 +90,9 @@ def load_tensors(
     if tied:
         _check_tied(source, next(p.name for p in wanted if p.path == "embed/tokens"))
     exact = models.family(cfg.family).KEEPS
-    params = weights.load(source, wanted, specs, mesh, dtype=dtype, exact=exact, ignored=ignored)
+    params = weights.load(
+        source, wanted, specs, mesh, dtype=dtype, exact=exact, ignored=ignored, hold=hold
+    )
     return cfg, params
 
 

@@ -10,6 +10,7 @@ from llm_jax import tokenizers
 from llm_jax.config import ModelConfig
 from llm_jax.interop import gguf, huggingface, llama2c, safetensors
 from llm_jax.interop.translate import read_config
+from llm_jax.interop.weights import Hold
 from llm_jax.tokenizers import Tokenizer
 from llm_jax.types import PyTree
 
@@ -42,9 +43,10 @@ def load(
     source: str | None = None,
     tokenizer: str | Path | None = None,
     dtype: str = "float32",
+    hold: Hold | None = None,
 ) -> Pretrained:
     """A model in one of FORMATS (`source`; None: by its looks), its parameters cut for `mesh`;
-    without a mesh all but the parameters.
+    without a mesh all but the parameters. `hold`: as in `weights.load`.
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -74,7 +76,9 @@ def load(
         _check_size(used, values, where)
         cfg, params = read_config(values, where), None
         if mesh is not None:
-            cfg, params = huggingface.load_tensors(values, tensors, mesh, dtype=dtype, where=where)
+            cfg, params = huggingface.load_tensors(
+                values, tensors, mesh, dtype=dtype, where=where, hold=hold
+            )
     return Pretrained(
         name=path.stem,
         model=cfg,

@@ -5,7 +5,7 @@ what becomes the result on it, and CHUNK bytes. Nothing depends on how many devi
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -19,6 +19,7 @@ from llm_jax.nn.params import flatten, unflatten
 from llm_jax.types import Array, PyTree
 
 CHUNK = 16_000_000  # bytes read at a time
+Hold = Callable[[str, Array], PyTree]  # (path, parameter) -> the leaf that is kept of it
 ALIGNMENT = 64  # bytes; a CPU device takes such a buffer over as it is
 
 
@@ -41,11 +42,13 @@ def load(
     dtype: str = "float32",
     exact: re.Pattern | None = None,
     ignored: str = "",
+    hold: Hold | None = None,
 ) -> PyTree:
     """The parameter tree of `specs`, cut for `mesh`, from the tensors of `source`.
 
     Parameters whose paths match `exact` stay in float32 whatever `dtype` is. `ignored` is a pattern
-    of further names that belong to what is not imported.
+    of further names that belong to what is not imported. `hold` makes a leaf of each parameter as it
+    comes (quantised, say), so that the whole model is never there as it was.
 
     Raises:
       ValueError: a tensor that is missing, unknown, or of another shape.
@@ -58,7 +61,9 @@ def load(
 
     def parameter(path: str) -> Array:
         spec, kind = flat[path], "float32" if exact and exact.search(path) else dtype
-        return _parameter(source, by_path[path], spec.shape, sharding.named(spec.axes, mesh), kind)
+        where = sharding.named(spec.axes, mesh)
+        found = _parameter(source, by_path[path], spec.shape, where, kind)
+        return hold(path, found) if hold else found
 
     return unflatten({path: parameter(path) for path in flat})
 

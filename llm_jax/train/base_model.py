@@ -9,6 +9,8 @@ from llm_jax import config as configs
 from llm_jax import models
 from llm_jax.config import MoEConfig, TrainConfig
 from llm_jax.interop import pretrained
+from llm_jax.interop.weights import Hold
+from llm_jax.nn.params import flatten, unflatten
 from llm_jax.peft import lora
 from llm_jax.train import checkpoint
 from llm_jax.train.tuning import make_tuning
@@ -26,6 +28,7 @@ RECIPES = (
     "pipeline_microbatches",
     "pipeline_turns",
     "dropout",
+    "embed_noise",
 )
 RECIPES_EXPERTS = ("implementation", "dispatch", "capacity_factor", "chunk")
 
@@ -61,24 +64,30 @@ def load_tokenizer(path: str | Path) -> Any:
     return checkpoint.load_tokenizer(path)
 
 
-def load_params(path: str | Path, specs: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
+def load_params(
+    path: str | Path, specs: PyTree, mesh: jax.sharding.Mesh, hold: Hold | None = None
+) -> PyTree:
     """Its parameters as plain arrays in float32, cut for `mesh`: of a run with PEFT its base's with
-    what it learned added.
+    what it learned added. `hold` makes a leaf of each, of other formats' as it is read.
 
     Raises:
       ValueError: they are not those of `specs`; the message names the first.
     """
     if pretrained.kind(path):
-        params = pretrained.load(path, mesh).params
+        params = pretrained.load(path, mesh, hold=hold).params
+        checkpoint.check_shapes(specs, params, str(path))
+        return params
+    cfg = checkpoint.load_config(path)
+    if cfg.peft.method == "none":
+        params = checkpoint.load_params(path, specs, mesh)
     else:
-        cfg = checkpoint.load_config(path)
-        if cfg.peft.method == "none":
-            return checkpoint.load_params(path, specs, mesh)
         trained = load_trained(path, cfg, mesh)
         base = load_params(base_of(path, cfg), specs, mesh)
         params = lora.merge(tuned(base, trained, cfg))
-    checkpoint.check_shapes(specs, params, str(path))
-    return params
+        checkpoint.check_shapes(specs, params, str(path))
+    if hold is None:
+        return params
+    return unflatten({name: hold(name, leaf) for name, leaf in flatten(params).items()})
 
 
 def base_of(path: str | Path, cfg: TrainConfig) -> Path:

@@ -11,11 +11,14 @@ Data = Corpus | Dialogues
 
 
 def prepare(cfg: TrainConfig, workdir: Path) -> Data:
-    """The data that `cfg` names, and in `cfg.steps` the number that `cfg.epochs` asks for.
+    """The data that `cfg` names; fills in `cfg.steps` what `cfg.epochs` asks for, and in
+    `cfg.tokenizer.end_tokens` what ends an answer.
 
     Process 0 writes what is written, which takes as long as it takes; the others open it then.
     """
     data = _prepare(cfg, workdir)
+    # What ends an answer goes with the model: `Model.chat` needs it too.
+    cfg.tokenizer.end_tokens = tuple(dict.fromkeys([*cfg.tokenizer.end_tokens, *data.end_tokens]))
     if cfg.epochs:
         rows = sum(data.loader(cfg).epoch_rows.values())
         cfg.steps = max(round(cfg.epochs * rows / cfg.batch_size), 1)

@@ -214,10 +214,11 @@ class _Run:
         return self.program.init(key)
 
     def _from_base(self, key: jax.Array) -> TrainState:
+        program = self.program
         params = base_model.load_params(
-            self.cfg.checkpoint.init_from, self.program.specs, self.program.mesh
+            self.cfg.checkpoint.init_from, program.specs, program.mesh, program.tuning.hold
         )
-        return self.program.start(params, key)
+        return program.start(params, key)
 
     # The loop ----------------------------------------------------------------------------------
 

@@ -29,6 +29,8 @@ class Tuning(NamedTuple):
     trained: PyTree  # ParamSpecs of what the optimizer sees
     split: Callable[[PyTree, Array], tuple[PyTree, PyTree | None]]  # (whole tree, key) -> parts
     join: Callable[[PyTree, PyTree | None], PyTree]  # (trained, frozen) -> what models take
+    # (path, parameter) -> the leaf that is kept of it; `split` does it too, this is for loading
+    hold: Callable[[str, PyTree], PyTree] | None = None
 
 
 def make_tuning(cfg: TrainConfig, specs: PyTree) -> Tuning:
@@ -54,28 +56,36 @@ def make_tuning(cfg: TrainConfig, specs: PyTree) -> Tuning:
     new = method.specs(specs, cfg.peft)
     whole = _also(specs, new, cfg)
     cast = partial(models.family(cfg.model.family).cast, dtype=cfg.model.dtype)
+    quantised = set()
+    if scheme is not None:
+        quantised = set(lora.matrices(specs, cfg.peft.base_targets, "peft.base_targets")) - set(
+            whole
+        )
 
-    def held(base: PyTree) -> PyTree:
-        if scheme is None:
-            return cast(base)
-        return cast(quantization.quantize_tree(base, specs, scheme, cfg.peft.base_targets))
+    def hold(path: str, leaf: PyTree) -> PyTree:
+        if path in whole or is_weight(leaf):
+            return leaf
+        leaf = unflatten({path: leaf})
+        if path in quantised:
+            leaf = quantization.quantize_tree(leaf, specs, scheme, cfg.peft.base_targets)
+        return flatten(cast(leaf))[path]
 
     def split(params: PyTree, key: Array) -> tuple[PyTree, PyTree]:
         flat = flatten(params)
         own = {path: flat[path] for path in whole}
-        base = unflatten({path: leaf for path, leaf in flat.items() if path not in whole})
+        base = {path: hold(path, leaf) for path, leaf in flat.items() if path not in whole}
         if hasattr(method, "start"):
             trained = method.start(params, new, key, cfg.peft)
         else:
             trained = nn_params.init(new, key)
-        return unflatten({**flatten(trained), **own}), held(base)
+        return unflatten({**flatten(trained), **own}), unflatten(base)
 
     def join(trained: PyTree, frozen: PyTree) -> PyTree:
         flat = flatten(trained)
         own = {path: flat.pop(path) for path in whole}
         return method.attach(unflatten({**flatten(frozen), **own}), unflatten(flat), cfg.peft)
 
-    return Tuning(unflatten({**flatten(new), **whole}), split, join)
+    return Tuning(unflatten({**flatten(new), **whole}), split, join, hold)
 
 
 def _scheme(cfg: PeftConfig) -> quantization.Scheme | None:

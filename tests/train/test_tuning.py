@@ -1,16 +1,21 @@
 """PEFT in a run: what is trained, saved, resumed and loaded."""
 
 import shutil
+import weakref
 
 import jax
 import numpy as np
 import pytest
+from interop import hf_tiny
 from runs import run_config
 from tiny import random_batch, tiny_train
 
 import llm_jax
+from llm_jax import config as configs
 from llm_jax import models, sharding
-from llm_jax.config import MeshConfig
+from llm_jax.config import MeshConfig, TrainConfig
+from llm_jax.interop import huggingface, safetensors
+from llm_jax.interop.translate import read_config
 from llm_jax.nn.params import count, flatten
 from llm_jax.nn.weights import is_weight
 from llm_jax.train import checkpoint
@@ -188,3 +193,29 @@ def test_flops_of_tuning():
     attention = 12 * 2 * 8 * 4 * 16  # layers, heads, their width, length
     got = train_flops_per_token(specs, cfg.model, 16, trained)
     assert got == (full - attention) * 4 / 6 + 6 * count(trained) + attention
+
+
+def test_a_quantised_base_is_never_there_whole(tmp_path, one_device):
+    """Each parameter of a Hugging Face folder is quantised as it is read."""
+    hf_tiny.write(tmp_path / "model", hf_tiny.load("llama-2_gqa"))
+    values = huggingface.load_json(tmp_path / "model" / "config.json")
+    cfg = TrainConfig(length=8, model=read_config(values, ""))
+    configs.override(cfg, {"peft.method": "lora", "peft.base": "nf4", "peft.targets": "attn/q/w"})
+    configs.resolve_model(cfg.model, vocab_size=cfg.model.vocab_size, length=8, backend="cpu")
+    cfg = configs.freeze(cfg)
+    specs = models.family("decoder").specs(cfg.model)
+    hold, plain = make_tuning(cfg, specs).hold, []
+
+    def watched(path, leaf):
+        held = hold(path, leaf)
+        plain.append(sum(ref() is not None for ref in refs))
+        refs.append(weakref.ref(leaf))
+        return held
+
+    refs = []
+    source = safetensors.Source(tmp_path / "model")
+    _, params = huggingface.load_tensors(values, source, one_device, hold=watched)
+    quantised = [p for p, leaf in flatten(params).items() if is_weight(leaf)]
+    assert len(quantised) == 7 and len(plain) == len(flatten(specs))
+    kept = sum(not is_weight(leaf) for leaf in flatten(params).values())
+    assert max(plain) <= kept + 1, "what was quantised is gone before the next is read"
