@@ -2,8 +2,8 @@
 
     python -m experiments.forgetting --base=runs/forgetting_base --workdir=runs/forgetting
     python -m experiments.forgetting --base=runs/novels --input=DATA/text/novels \\
-        --data=DATA --tasks=sst2,cola,winogrande,en_de,mrpc,piqa,arc_easy,python_module \\
-        --unseen=stsb,wnut --workdir=runs/forgetting
+        --data=DATA --tasks=sst2,cola,winogrande,en_de,stsb,wnut,en_fr,python_module \\
+        --unseen=arc_easy,piqa --workdir=runs/forgetting
 
 The base model is the run in --base; if none is there yet it is trained now, as --config says (5
 million parameters), on --input. The first uses what Python itself holds, text and tasks; the second
@@ -31,10 +31,10 @@ _COUNTS = flags.DEFINE_list(
     "task_counts", [], "numbers of tasks that share the most examples; default: 1, 2, 4, ... all"
 )
 _SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each", lower_bound=1)
-_EPOCHS = flags.DEFINE_integer("epochs", 2, "how often each example is seen", lower_bound=1)
+_EPOCHS = flags.DEFINE_integer("epochs", 1, "how often each example is seen", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 96, "tokens a row; longer examples are left out")
-_RATE = flags.DEFINE_float("learning_rate", 3e-4, "of full tuning")
-_TEST = flags.DEFINE_integer("test_examples", 256, "held-out examples of the target", lower_bound=4)
+_RATE = flags.DEFINE_float("learning_rate", 5e-4, "of full tuning")
+_TEST = flags.DEFINE_integer("test_examples", 128, "held-out examples of the target", lower_bound=4)
 
 
 def main(argv: list[str]) -> None:

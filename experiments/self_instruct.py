@@ -51,7 +51,7 @@ _MAX_SIMILARITY = flags.DEFINE_float(
     "max_similarity", 0.7, "ROUGE-L with a task that is there from which on an instruction goes"
 )
 _INSTRUCTION_TOKENS = flags.DEFINE_integer("instruction_tokens", 64, "of an instruction at most")
-_INPUT_TOKENS = flags.DEFINE_integer("input_tokens", 96, "of an input at most")
+_INPUT_TOKENS = flags.DEFINE_integer("input_tokens", 64, "of an input at most")
 _OUTPUT_TOKENS = flags.DEFINE_integer("output_tokens", 192, "of an answer at most")
 
 

@@ -53,6 +53,7 @@ class Batch:
     labels: Array | None = None  # int32 or float32 [B]
     label_weights: Array | None = None  # float32 [B]
     candidates: Array | None = None  # int32 [B, T, n]: negative samples, distillation
+    candidate_log_probs: Array | None = None  # float32 [B, T, n], a teacher's (distillation)
     ref_log_probs: Array | None = None  # float32 [B, T]
     old_log_probs: Array | None = None  # float32 [B, T]
     old_values: Array | None = None  # float32 [B, T]
@@ -101,6 +102,8 @@ class Scores:
     correct: Array | None = None  # float32 [B, T], 1 where the target has the highest logit
     entropy: Array | None = None  # float32 [B, T], of the predicted distribution, nats
     mean_log_probs: Array | None = None  # float32 [B, T], log p averaged over the vocabulary
+    candidate_log_probs: Array | None = None  # float32 [B, T, n], log p of `Batch.candidates`
+    divergence: Array | None = None  # float32 [B, T], from a teacher's distribution, nats
     values: Array | None = None  # float32 [B, L], value or reward head
     label_log_probs: Array | None = None  # float32 [B]
     penalties: dict[str, Array] = flax.struct.field(default_factory=dict)

@@ -63,6 +63,20 @@ def test_another_process_gets_the_same_documents():
     assert digests[0] == digests[1] and len(digests[0]) > 60
 
 
+def test_questions_share_neither_an_object_nor_an_answer():
+    names, asked, answers = zip(*corpus.questions(), strict=True)
+    assert 3000 < len(names) == len(set(names))
+    assert len({" ".join(a.lower().split()) for a in answers}) == len(answers)
+    assert all(f"`{name}`" in question for name, question in zip(names, asked, strict=True))
+    # Several phrasings, about equally often in both parts.
+    phrasings = [q.replace(f"`{n}`", "X") for n, q in zip(names, asked, strict=True)]
+    for part in (phrasings[:-500], phrasings[-500:]):
+        share = [part.count(p) / len(part) for p in set(phrasings)]
+        assert len(share) == 8 and 0.05 < min(share) and max(share) < 0.25
+    answer = dict(zip(names, answers, strict=True))["textwrap.dedent"]
+    assert answer == "Remove any common leading whitespace from every line in `text`."
+
+
 def test_unknown_name_is_an_error_that_lists_the_names():
-    with pytest.raises(ValueError, match=r"'doc'.*docs, docstrings, source, topics"):
+    with pytest.raises(ValueError, match=r"'doc'.*docs, docstrings, questions, source, topics"):
         list(corpus.documents("doc"))

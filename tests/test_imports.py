@@ -15,7 +15,7 @@ CHAIN = [
     {"decode"},
     {"eval"},
     {"train"},
-    {"align", "scaling", "curation"},
+    {"align", "compression", "scaling", "curation"},
     {"playground"},
     {"api"},
 ]

@@ -13,6 +13,7 @@ CHOICES = {
     "model.qk_norm_over": ("head", "all"),
     "model.activation": ("gelu", "gelu_erf", "swiglu", "geglu", "relu2"),
     "model.dtype": ("auto", "float32", "bfloat16"),
+    "model.cache_dtype": ("auto", "int8"),
     "model.attention": ("auto", "xla", "cudnn", "pallas", "splash", "reference", "ring"),
     "model.moe.scores": ("softmax", "sigmoid"),
     "model.moe.implementation": ("auto", "ragged", "blocks", "dense"),

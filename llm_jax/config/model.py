@@ -98,6 +98,7 @@ class ModelConfig(Config):
     moe: MoEConfig = field(default_factory=MoEConfig)
 
     dtype: str = "auto"  # compute type: float32 | bfloat16; auto: bfloat16 where it is fast
+    cache_dtype: str = "auto"  # keys and values held for decoding: auto (the compute type) | int8
     # auto | xla | reference | ring (rows cut over mesh.context) | cudnn (NVIDIA GPUs) | pallas
     # (NVIDIA GPUs, packed documents) | splash (TPUs); auto takes the fastest that can do the call
     attention: str = "auto"

@@ -23,3 +23,16 @@ class PeftConfig(Config):
     base_block: int = 64  # nf4: weights that share a constant
     base_double: bool = True  # nf4: the constants are quantised too
     base_targets: str = r"/(attn|mlp)/\w+/w$"  # which matrices
+
+
+@settings
+class DistillConfig(Config):
+    """Distillation from a larger model (llm_jax/compression/distill.py)."""
+
+    divergence: str = "forward_kl"  # forward_kl | reverse_kl | jsd, teacher against student
+    beta: float = 0.5  # of jsd: the teacher's share of the mixture that both are compared with
+    temperature: float = 2.0  # of both distributions; the divergence counts temperature^2 times
+    alpha: float = 0.5  # share of the divergence in the loss; the rest is cross-entropy
+    # The teacher's most probable tokens that are kept on disk, so that it is out of memory in
+    # training; 0: it runs in every step, and its whole distribution counts.
+    top_k: int = 0

@@ -38,14 +38,14 @@ RULES = {
     "refused by the template": "the chat template raises an error, or loses a turn's place",
     "refused by the tokenizer": "it cannot write the text, or writes another",
 }
-_ROLES = {"system", "user", "assistant", "tool"}
-_SHAREGPT_ROLES = {
+_ROLES = {
     "system": "system",
-    "human": "user",
+    "developer": "system",
     "user": "user",
+    "human": "user",
+    "assistant": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
-    "assistant": "assistant",
     "model": "assistant",
     "tool": "tool",
     "observation": "tool",
@@ -113,7 +113,7 @@ def read(
                 if isinstance(row, Malformed):
                     raise row
                 messages, tools = parse(row, layout)
-                _check(messages, max_turn_chars, allow_empty_question=_is_completion(row, layout))
+                check(messages, max_turn_chars, allow_empty_question=_is_completion(row))
                 found.append(Conversation(tuple(messages), item, line, tools))
             except Malformed as e:
                 rejected.append(Rejected(item, line, e.rule, e.detail))
@@ -150,19 +150,18 @@ def parse(row: Any, layout: str = "auto") -> tuple[list[dict], tuple | None]:
 
 
 def _layout(row: dict) -> str | None:
-    if "messages" in row:
-        return "messages"
-    if "conversations" in row:
-        turns = row["conversations"]
-        named = isinstance(turns, list) and any(isinstance(t, dict) and "role" in t for t in turns)
-        return "messages" if named else "sharegpt"
-    if "instruction" in row:
-        return "alpaca"
+    for key, layout in (
+        ("messages", "messages"),
+        ("conversations", "sharegpt"),
+        ("instruction", "alpaca"),
+    ):
+        if key in row:
+            return layout
     return "completion" if "prompt" in row and "completion" in row else None
 
 
-def _is_completion(row: Any, layout: str) -> bool:
-    """An empty prompt is a text that starts from nothing; an empty question is a mistake."""
+def _is_completion(row: Any) -> bool:
+    """A prompt may be empty, for a text that starts from nothing; a question may not."""
     return isinstance(row, dict) and _layout(row) == "completion"
 
 
@@ -191,7 +190,7 @@ def _alpaca(row: dict) -> list[dict]:
 
 def _completion(row: dict) -> list[dict]:
     if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
-        return _turns([*row["prompt"], *row["completion"]], "role", "content", _messages_role)
+        return _turns([*row["prompt"], *row["completion"]])
     return [
         {"role": "user", "content": _text(row, "prompt")},
         {"role": "assistant", "content": _text(row, "completion")},
@@ -199,12 +198,11 @@ def _completion(row: dict) -> list[dict]:
 
 
 def _messages(row: dict) -> list[dict]:
-    turns = row["messages"] if "messages" in row else row["conversations"]
-    return _turns(turns, "role", "content", _messages_role)
+    return _turns(row["messages"])
 
 
 def _sharegpt(row: dict) -> list[dict]:
-    messages = _turns(row["conversations"], "from", "value", _SHAREGPT_ROLES.get)
+    messages = _turns(row["conversations"])
     if row.get("system"):
         messages.insert(0, {"role": "system", "content": _text(row, "system")})
     return messages
@@ -218,27 +216,25 @@ _PARSERS = {
 }
 
 
-def _messages_role(name: str) -> str | None:
-    return "system" if name == "developer" else name if name in _ROLES else None
-
-
-def _turns(turns: Any, role_key: str, text_key: str, role_of: Any) -> list[dict]:
+def _turns(turns: Any) -> list[dict]:
+    """Turns of OpenAI's keys (role, content) or of ShareGPT's (from, value)."""
     if not isinstance(turns, list):
         raise Malformed("wrong type", f"the turns are {_kind(turns)}, not a list")
     messages = []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
             raise Malformed("wrong type", f"turn {number} is {_kind(turn)}, not an object")
-        if turn.get(role_key) is None:
-            raise Malformed("missing role", f"turn {number} has no {role_key!r}")
-        role = role_of(turn[role_key]) if isinstance(turn[role_key], str) else None
-        if role is None:
-            raise Malformed("unknown role", f"turn {number} is of {turn[role_key]!r}"[:200])
-        kept = {k: v for k, v in turn.items() if k not in (role_key, text_key) and v is not None}
-        text = _content(turn.get(text_key), number)
-        calls = role == "assistant" and kept.get("tool_calls")
-        if text is None and not calls:
-            raise Malformed("wrong type", f"turn {number} has no {text_key!r}")
+        name = turn.get("role", turn.get("from"))
+        if name is None:
+            raise Malformed("missing role", f"turn {number}; its keys are {_keys(turn)}")
+        if not isinstance(name, str) or name not in _ROLES:
+            raise Malformed("unknown role", f"turn {number} is of {name!r}"[:200])
+        role = _ROLES[name]
+        named = ("role", "from", "content", "value")
+        kept = {k: v for k, v in turn.items() if k not in named and v is not None}
+        text = _content(turn.get("content", turn.get("value")), number)
+        if text is None and not (role == "assistant" and kept.get("tool_calls")):
+            raise Malformed("wrong type", f"turn {number} has no text; its keys are {_keys(turn)}")
         messages.append({"role": role, "content": text or "", **kept})
     return messages
 
@@ -271,7 +267,7 @@ def _keys(row: dict) -> str:
 # ------------------------------------------------------------------------------------------ rules
 
 
-def _check(messages: list[dict], max_turn_chars: int, *, allow_empty_question: bool) -> None:
+def check(messages: list[dict], max_turn_chars: int, *, allow_empty_question: bool) -> None:
     """Raises Malformed for what no model should learn from."""
     before = None  # the role that spoke last; systems and tools may come in between
     for number, message in enumerate(messages, 1):

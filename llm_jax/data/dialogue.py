@@ -15,15 +15,15 @@ import numpy as np
 from absl import logging
 
 from llm_jax import tokenizers
-from llm_jax.config import DataConfig, DialogueConfig, TokenizerConfig, TrainConfig
+from llm_jax.config import DataConfig, DialogueConfig, TokenizerConfig
 from llm_jax.data import conversations, documents
-from llm_jax.data import loader as loader_
 from llm_jax.data.conversations import Conversation, Rejected
 from llm_jax.data.mixture import Component
 from llm_jax.data.prepare import (
     EVAL,
     TOKENIZER,
     TRAIN,
+    Corpus,
     save_tokenizer,
     sources_of,
     training_options,
@@ -45,90 +45,43 @@ class _Part(NamedTuple):
     rejected: list[Rejected]
 
 
-class Dialogues:
+class Dialogues(Corpus):
     """What training needs of conversations; made by `prepare_dialogues`.
 
-    Attributes:
+    Attributes, besides those of a `Corpus`:
       tokenizer: with the chat template in use.
       directory: where the tokenizer and the list of rejected rows are.
-      train: the sources, as `make_loader` takes them.
-      evaluation: the held-out examples, or None.
-      end_tokens: ids that end an answer besides the tokenizer's end token.
       stop: strings that end an answer where no id does.
     """
 
     def __init__(
         self,
-        data: DataConfig,
         renderer: Renderer,
         directory: str,
         train: list[Component],
         evaluation: Tokens | None,
+        *,
+        system: str,
         parts: list[dict[str, Any]],
         stop: Sequence[str],
     ):
-        self._data, self._renderer, self._parts = data, renderer, parts
-        self.tokenizer, self.directory = renderer.tokenizer, directory
-        self.train, self.evaluation = train, evaluation
-        special = self.tokenizer.special_tokens
+        self._renderer, self._system, self._parts = renderer, system, parts
+        tokenizer = renderer.tokenizer
+        special = tokenizer.special_tokens
         ends = {special[name] for name in (renderer.ending.strip(), *stop) if name in special}
-        self.end_tokens = tuple(sorted(ends - {self.tokenizer.eos_id}))
+        ends = tuple(sorted(ends - {tokenizer.eos_id}))
+        super().__init__(tokenizer, train, evaluation, directory, ends)
         self.stop = tuple(name for name in stop if name not in special)
 
-    @property
-    def train_tokens(self) -> int:
-        """Tokens of the training examples."""
-        return sum(c.tokens.total for c in self.train)
-
-    @property
-    def eval_tokens(self) -> int:
-        """Tokens of the held-out examples."""
-        return 0 if self.evaluation is None else self.evaluation.total
-
-    def loader(
-        self, cfg: TrainConfig, blocks: Sequence[int] = (0,), block_count: int = 1
-    ) -> loader_.Loader:
-        """Batches of training; see `loader.make_loader`."""
-        return loader_.make_loader(
-            self.train,
-            length=cfg.length,
-            batch_size=cfg.batch_size,
-            steps=cfg.steps,
-            packing=cfg.data.packing,
-            isolate_documents=cfg.data.isolate_documents,
-            seed=cfg.seed,
-            token_lengths=self.tokenizer.token_lengths(),
-            shuffle=cfg.data.shuffle,
-            blocks=blocks,
-            block_count=block_count,
-        )
-
-    def eval_batches(
-        self, cfg: TrainConfig, blocks: Sequence[int] = (0,), block_count: int = 1
-    ) -> loader_.EvalBatches | None:
-        """Batches of the held-out examples; see `loader.eval_batches`."""
-        if self.evaluation is None:
-            return None
-        return loader_.eval_batches(
-            self.evaluation,
-            length=cfg.length,
-            batch_size=cfg.eval.batch_size or cfg.batch_size // cfg.accumulation,
-            packing=cfg.data.packing,
-            isolate_documents=cfg.data.isolate_documents,
-            rows=cfg.eval.rows,
-            token_lengths=self.tokenizer.token_lengths(),
-            blocks=blocks,
-            block_count=block_count,
-        )
-
     def parts(self) -> list[dict[str, Any]]:
-        """A table for reports: what each part holds and what became of its rows."""
+        """Rows of a report's table: what each part holds and what became of its rows."""
         return [dict(part) for part in self._parts]
 
     def prompt(self, text: str) -> list[int]:
         """Ids of `text` as a user's turn, up to where the assistant is to answer."""
-        messages = _with_system([{"role": "user", "content": text}], self._data.dialogue.system)
-        return self._renderer.prompt(messages)
+        return self._renderer.prompt(
+            _with_system([{"role": "user", "content": text}], self._system)
+        )
 
 
 def prepare_dialogues(
@@ -158,25 +111,18 @@ def prepare_dialogues(
             f"data.packing={data.packing} cuts conversations anywhere; use first_fit, pad or bucket"
         )
     root = os.path.join(workdir, "data")
-    sources = sources_of(data)
-    found: list[_Part] = []
-    for source in sources:
-        rows, rejected = _read(source.inputs, cfg)
-        start = len(rows)
-        if data.eval_fraction and not data.eval_inputs:
-            start = documents.held_out_start(len(rows), data.eval_fraction)
-        found.append(_Part(TRAIN, source.name, rows[:start], rejected))
-        if start < len(rows):
-            found.append(_Part(EVAL, source.name, rows[start:], []))
-    if data.eval_inputs:
-        found.append(_Part(EVAL, "", *_read(data.eval_inputs, cfg)))
+    found = _read(data)
+    rejected = [row for part in found for row in part.rejected]
+    empty = [part for part in found if not part.rows]
+    if empty or (rejected and cfg.malformed == "fail"):
+        _settle(rejected, cfg, root, writer)
+        raise ValueError(_no_rows(empty[0]))
 
     chosen, chat_format = _template(cfg)
     used = _tokenizer(
         os.path.join(root, TOKENIZER), found, cfg, chosen, chat_format, tokenizer, writer
     )
     renderer = Renderer(used, train_on=cfg.train_on)
-    rejected = [row for part in found for row in part.rejected]
     made: list[tuple[_Part, Tokens | None, dict[str, Any]]] = []
     for part in found:
         name = f"{part.kind} {part.name}" if data.sources and part.name else part.kind
@@ -184,9 +130,7 @@ def prepare_dialogues(
         rejected += refused
         counts = {"part": name, **counts, "rejected": len(part.rejected) + len(refused)}
         made.append((part, tokens, counts))
-    if writer:
-        _write_rejected(os.path.join(root, REJECTED), rejected)
-    _report(rejected, cfg, root)
+    _settle(rejected, cfg, root, writer)
     for _, tokens, counts in made:
         if tokens is None:
             raise ValueError(_nothing_to_train(counts, cfg, length))
@@ -194,50 +138,78 @@ def prepare_dialogues(
     held_out = [tokens for part, tokens, _ in made if part.kind == EVAL]
     _say_once(renderer, chat_format)
     return Dialogues(
-        data,
         renderer,
         root,
-        [Component(s.name, by_name[s.name], s.weights) for s in sources],
+        [Component(s.name, by_name[s.name], s.weights) for s in sources_of(data)],
         Tokens.concatenate(held_out) if held_out else None,
-        [counts for *_, counts in made],
-        chat_format.stop if chat_format else (),
+        system=cfg.system,
+        parts=[counts for *_, counts in made],
+        stop=chat_format.stop if chat_format else (),
     )
 
 
 # --------------------------------------------------------------------------------------- reading
 
 
-def _read(inputs: Sequence[str], cfg: DialogueConfig) -> tuple[list[Conversation], list[Rejected]]:
-    return conversations.read(inputs, layout=cfg.layout, max_turn_chars=cfg.max_turn_chars)
+def _read(data: DataConfig) -> list[_Part]:
+    """The parts of each source, and `eval_inputs`."""
+
+    def rows_of(inputs: Sequence[str]) -> tuple[list[Conversation], list[Rejected]]:
+        cfg = data.dialogue
+        return conversations.read(inputs, layout=cfg.layout, max_turn_chars=cfg.max_turn_chars)
+
+    found = []
+    for source in sources_of(data):
+        rows, rejected = rows_of(source.inputs)
+        start = len(rows)
+        if data.eval_fraction and not data.eval_inputs:
+            start = documents.held_out_start(len(rows), data.eval_fraction)
+        found.append(_Part(TRAIN, source.name, rows[:start], rejected))
+        if start < len(rows):
+            found.append(_Part(EVAL, source.name, rows[start:], []))
+    if data.eval_inputs:
+        found.append(_Part(EVAL, "", *rows_of(data.eval_inputs)))
+    return found
 
 
-def _report(rejected: list[Rejected], cfg: DialogueConfig, root: str) -> None:
-    """Names what was left out, or fails for it."""
-    if not rejected:
-        return
-    by_rule = ", ".join(f"{n} {rule}" for rule, n in conversations.counts(rejected).items())
-    if cfg.malformed == "fail":
-        raise ValueError(
-            f"{len(rejected)} malformed rows ({by_rule}), the first {rejected[0]}; mend them, or "
-            "leave them out with data.dialogue.malformed=skip"
-        )
-    logging.warning(
-        "%d malformed rows are left out (%s); all are in %s",
-        len(rejected),
-        by_rule,
-        os.path.join(root, REJECTED),
+def _no_rows(part: _Part) -> str:
+    what = f"no token of the {part.kind} data would be trained"
+    if not part.rejected:
+        return f"{what}: all of its few rows are held out; lower data.eval_fraction"
+    return (
+        f"{what}: all of its {len(part.rejected)} rows are malformed ({_by_rule(part.rejected)}), "
+        f"the first {part.rejected[0]}"
     )
-    for row in rejected[:SHOWN]:
-        logging.warning("  %s", row)
 
 
-def _write_rejected(path: str, rejected: list[Rejected]) -> None:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path + ".partial", "w") as f:
-        for row in rejected:
-            line = {"file": row.source, "line": row.line, "rule": row.rule, "detail": row.detail}
-            f.write(json.dumps(line) + "\n")
-    os.replace(path + ".partial", path)
+def _settle(rejected: list[Rejected], cfg: DialogueConfig, root: str, writer: bool) -> None:
+    """Writes down what was left out, and names it or fails for it."""
+    path = os.path.join(root, REJECTED)
+    if writer:
+        os.makedirs(root, exist_ok=True)
+        with open(path + ".partial", "w") as f:
+            for row in rejected:
+                line = {"file": row.source, "line": row.line, "rule": row.rule}
+                f.write(json.dumps(line | {"detail": row.detail}) + "\n")
+        os.replace(path + ".partial", path)
+    if rejected and cfg.malformed == "fail":
+        raise ValueError(
+            f"{len(rejected)} malformed rows ({_by_rule(rejected)}), the first {rejected[0]}; all are "
+            f"in {path}; mend them, or leave them out with data.dialogue.malformed=skip"
+        )
+    if rejected and writer:
+        logging.warning(
+            "%d malformed rows are left out (%s); all are in %s",
+            len(rejected),
+            _by_rule(rejected),
+            path,
+        )
+        for row in rejected[:SHOWN]:
+            logging.warning("  %s", row)
+
+
+def _by_rule(rejected: list[Rejected]) -> str:
+    return ", ".join(f"{n} {rule}" for rule, n in conversations.counts(rejected).items())
 
 
 def _with_system(messages: Sequence[dict[str, Any]], system: str) -> list[dict[str, Any]]:

@@ -101,11 +101,10 @@ def split(name: str, rows: Iterable[Row], share: float = 0.1) -> tuple[dict[str,
     parts: dict[str, dict[str, Row]] = {part: {} for part in PARTS}
     n = 0
     for row in rows:
-        n += 1
-        out = row.held_out
+        n, key, out = n + 1, row_id(name, row), row.held_out
         if out is None:
-            out = digest(row.group or row_id(name, row)) < share * 2**64
-        parts[HELD_OUT if out else TRAIN].setdefault(row_id(name, row), row)
+            out = digest(row.group or key) < share * 2**64
+        parts[HELD_OUT if out else TRAIN].setdefault(key, row)
     for key in parts[HELD_OUT]:
         parts[TRAIN].pop(key, None)
     return {part: list(found.values()) for part, found in parts.items()}, n - sum(

@@ -58,6 +58,8 @@ class Loader:
         if len(streams) > 1 or self._buckets:
             # The curves of the weights stretch over them, and the last of them are sorted together.
             self.identity["steps"] = steps
+        if self._buckets:
+            self.utilisation = self._bucket_utilisation()
 
     def batch(self, step: int) -> Batch:
         """This process's rows of a step, as numpy arrays: its blocks of the rows that a process on
@@ -121,6 +123,18 @@ class Loader:
             min(packing_.bucket(n), self._length) for n in size_N[order_SxB].max(axis=1).tolist()
         ]
         return source_N[order_SxB], row_N[order_SxB], np.array(lengths)
+
+    def _bucket_utilisation(self) -> dict[str, float]:
+        """As `utilisation`, of the first thousand steps."""
+        held, places = np.zeros((2, len(self._streams)))
+        for group in range(min(-(-self.steps // BUCKET_STEPS), 32)):
+            source_SxB, row_SxB, length_S = self._sorted(group)
+            for i in np.unique(source_SxB):
+                here = source_SxB == i
+                held[i] += self._streams[i].sizes(row_SxB[here]).sum()
+                places[i] += (here.sum(axis=1) * length_S).sum()
+        share = held / np.maximum(places, 1)
+        return {s.name: float(share[i]) for i, s in enumerate(self._streams)}
 
     def __iter__(self) -> Iterator[Batch]:
         return self.iterate()

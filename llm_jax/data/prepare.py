@@ -16,7 +16,6 @@ from absl import logging
 from llm_jax import tokenizers
 from llm_jax.config import DataConfig, SourceConfig, TokenizerConfig, TrainConfig
 from llm_jax.data import documents, progress, shards
-from llm_jax.data import loader as loaders
 from llm_jax.data.mixture import Component
 from llm_jax.data.tokens import MANIFEST, Tokens, open_
 
@@ -47,11 +46,11 @@ class Corpus:
         """Tokens that are held out."""
         return 0 if self.evaluation is None else self.evaluation.total
 
-    def loader(
-        self, cfg: TrainConfig, blocks: Sequence[int] = (0,), block_count: int = 1
-    ) -> loaders.Loader:
-        """A run's batches; `blocks` of `block_count` as in `make_loader`."""
-        return loaders.make_loader(
+    def loader(self, cfg: TrainConfig, blocks: Sequence[int] = (0,), block_count: int = 1) -> Any:
+        """A run's `Loader`; `blocks` of `block_count` as in `make_loader`."""
+        from llm_jax.data.loader import make_loader  # brings jax, without which data is prepared
+
+        return make_loader(
             self.train,
             length=cfg.length,
             batch_size=cfg.batch_size,
@@ -67,11 +66,13 @@ class Corpus:
 
     def eval_batches(
         self, cfg: TrainConfig, blocks: Sequence[int] = (0,), block_count: int = 1
-    ) -> loaders.EvalBatches | None:
-        """A run's held-out batches, or None."""
+    ) -> Any:
+        """A run's held-out `EvalBatches`, or None."""
         if self.evaluation is None:
             return None
-        return loaders.eval_batches(
+        from llm_jax.data.loader import eval_batches
+
+        return eval_batches(
             self.evaluation,
             length=cfg.length,
             batch_size=cfg.eval.batch_size or cfg.batch_size // cfg.accumulation,

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from llm_jax import corpus
 
 NO_YES = ("no", "yes")
@@ -290,6 +292,7 @@ def python_module(folder: Path | None) -> Iterator[Row]:
     for module, text in answers:
         if module.lower() in text.lower():
             continue
-        others = sorted((m for m in modules if m != module), key=lambda m: digest(text, m))[:3]
-        choices = sorted([module, *others], key=lambda m: digest(m, text))
+        rng = np.random.default_rng(digest(text))
+        others = [m for m in rng.choice(modules, 4, replace=False).tolist() if m != module][:3]
+        choices = rng.permutation([module, *others]).tolist()
         yield Row({"text": text}, tuple(choices), choices.index(module), group=text)

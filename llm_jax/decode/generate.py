@@ -215,10 +215,11 @@ def generate(
     ]
     _check_ids(encoded, cfg)
     longest = max(map(len, encoded))
-    if cfg.positions == "learned" and longest + max_new_tokens > cfg.max_length:
+    room = models.family(cfg.family).room(params, cfg)
+    if cfg.positions == "learned" and longest + max_new_tokens > room:
         raise ValueError(
             f"a prompt of {longest} tokens and --max_new_tokens={max_new_tokens} do not fit the model's "
-            f"{cfg.max_length} learned positions; shorten one"
+            f"{room} learned positions; shorten one"
         )
     P = bucket(longest)
     n_slots = -(-max_new_tokens // OUTPUT_STEP) * OUTPUT_STEP

@@ -18,6 +18,7 @@ import jax
 from absl import logging
 from tqdm import tqdm
 
+from llm_jax import models
 from llm_jax.decode.generate import start_ids
 from llm_jax.eval import scoring
 
@@ -61,7 +62,7 @@ class LlmJax(TemplateLM):
         Args:
           model: an `llm_jax.api.Model`.
           batch_size: rows that go through the model together.
-          max_length: tokens that go into the model at most; default: `config.model.max_length`.
+          max_length: tokens that go into the model at most; default: what it has room for.
           max_gen_toks: tokens to generate where a task does not say.
           add_bos_token: whether texts begin with the begin token; default: `config.data.add_bos`.
           prefix_token_id: what a text without context follows; default: the begin, else end token.
@@ -75,13 +76,14 @@ class LlmJax(TemplateLM):
         cfg = model.config.model
         self.model, self.tokenizer, self.seed = model, model.tokenizer, seed
         self.batch_size, self.max_gen_toks = int(batch_size), int(max_gen_toks)
-        self.max_length = int(max_length or cfg.max_length)
+        room = models.family(cfg.family).room(model.params, cfg)
+        self.max_length = int(max_length or room)
         for name in ("batch_size", "max_length", "max_gen_toks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} has to be at least 1")
-        if cfg.positions == "learned" and self.max_length > cfg.max_length:
+        if cfg.positions == "learned" and self.max_length > room:
             raise ValueError(
-                f"max_length={self.max_length} is more than the model's {cfg.max_length} positions"
+                f"max_length={self.max_length} is more than the model's {room} positions"
             )
         self.add_bos = model.config.data.add_bos if add_bos_token is None else bool(add_bos_token)
         if self.add_bos and self.tokenizer.bos_id is None:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax import models
 from llm_jax.config import ModelConfig
 from llm_jax.decode.generate import start_ids
 from llm_jax.eval.scoring import Progress, rolling, score_continuations, score_rows
@@ -70,9 +71,9 @@ def perplexity(
     """Perplexity of whole texts, each token scored once (`scoring.rolling`).
 
     A text starts from the token that starts a text (`generate.start_ids`), and what looks like a
-    special token in it is plain text. `window` (default: `cfg.max_length`) and `stride` (default:
-    the window) are in the result, since they change the number. Standard errors are those of a
-    ratio of sums over windows, whose tokens are not independent of one another.
+    special token in it is plain text. `window` (default: what the model has room for) and
+    `stride` (default: the window) are in the result, since they change the number. Standard errors
+    are those of a ratio of sums over windows, whose tokens are not independent of one another.
 
     Returns:
       n (texts), tokens, words (between white space), bytes; nats_per_token, perplexity (a token's),
@@ -81,7 +82,7 @@ def perplexity(
     Raises:
       ValueError: no token to score, or stride outside 1 .. window.
     """
-    window = window or cfg.max_length
+    window = window or models.family(cfg.family).room(params, cfg)
     stride = stride or window
     (prefix,) = start_ids(tokenizer)
     n = words = n_bytes = 0

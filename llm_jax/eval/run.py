@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from llm_jax import models
 from llm_jax.config import ModelConfig
 from llm_jax.data import documents
 from llm_jax.decode.generate import generate
@@ -40,7 +41,7 @@ class Options:
       fewshot_input: the same for worked examples; default: those beside the questions, else the
         other questions.
       limit: questions (of MMLU: of each subject; of perplexity: texts) at most; 0: all.
-      window: tokens that the model sees at most; default: its `max_length`.
+      window: tokens that the model sees at most; default: what it has room for.
       stride: of perplexity; default: the window.
       seed: of the choice of worked examples. The default is lm-evaluation-harness' own.
       pmi: also acc_pmi, which scores each answer without its question.
@@ -162,7 +163,7 @@ def score(
         results[name] = _summary(questions, judged) | {
             "num_fewshot": _shots(task, options),
             "scoring": scoring if task.kind == "multiple_choice" else task.kind,
-            "window": options.window or cfg.max_length,
+            "window": options.window or models.family(cfg.family).room(params, cfg),
             "seed": options.seed,
             "chat_template": options.apply_chat_template,
             "input": options.input,
@@ -345,7 +346,7 @@ def _last_word(model, task: Task, scoring: str, asked: list[Question], options: 
 def _generate(model, task: Task, scoring: str, asked: list[Question], options: Options, started):
     params, cfg, tokenizer = model
     new = options.max_new_tokens or task.max_new_tokens
-    room = (options.window or cfg.max_length) - new
+    room = (options.window or models.family(cfg.family).room(params, cfg)) - new
     if room < 1:
         raise ValueError(
             f"--max_new_tokens={new} leaves no room for a prompt in the model's window of {room + new}"

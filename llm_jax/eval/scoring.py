@@ -68,7 +68,7 @@ def score_continuations(
 ) -> list[Score]:
     """Scores (context ids, continuation ids) pairs, neither of them empty.
 
-    At most `window` (default: `cfg.max_length`) tokens go into the model: of a longer pair the last
+    At most `window` (default: what the model has room for) tokens go into the model: of a longer pair the last
     window + 1 are kept, the context is cut from the left. Continuations of one token after the same
     context (the letters of a multiple choice) share one forward pass.
 
@@ -76,7 +76,7 @@ def score_continuations(
       ValueError: an empty context or continuation, a continuation longer than the window, or an id
         outside the vocabulary.
     """
-    window = window or cfg.max_length
+    window = window or models.family(cfg.family).room(params, cfg)
     whole, alone, together = [], [], defaultdict(list)
     for n, (context, continuation) in enumerate(requests):
         if not len(context) or not len(continuation):
@@ -183,11 +183,11 @@ def _padded(rows: list[Ids], n_rows: int, L: int, cfg: ModelConfig) -> np.ndarra
     return out
 
 
-def _batch(rows: list[Ids], n_rows: int, L: int, cfg: ModelConfig) -> Batch:
+def _batch(rows: list[Ids], n_rows: int, L: int, cfg: ModelConfig, room: int) -> Batch:
     lengths = np.array([len(row) for row in rows] + [0] * (n_rows - len(rows)))
-    if cfg.positions == "learned" and lengths.max() > cfg.max_length:
+    if cfg.positions == "learned" and lengths.max() > room:
         raise ValueError(
-            f"a text of {lengths.max()} tokens does not fit the model's {cfg.max_length} positions"
+            f"a text of {lengths.max()} tokens does not fit the model's {room} positions"
         )
     segments = (np.arange(L) < lengths[:, None]).astype(np.int32)
     positions = np.arange(L, dtype=np.int32) * segments
@@ -197,10 +197,11 @@ def _batch(rows: list[Ids], n_rows: int, L: int, cfg: ModelConfig) -> Batch:
 def _scored(params, cfg, rows: list[np.ndarray], batch_size: int) -> Iterator:
     """(indices, [(index, log_probs [n - 1], correct [n - 1]), ...]) of each batch of rows [n]."""
     lengths = [max(len(row) - 1, 0) for row in rows]
+    room = models.family(cfg.family).room(params, cfg)
 
     def start():
         for group, B, L in _batches(lengths, batch_size):
-            batch = _batch([rows[n][:-1] for n in group], B, L, cfg)
+            batch = _batch([rows[n][:-1] for n in group], B, L, cfg, room)
             targets = _padded([rows[n][1:] for n in group], B, L, cfg)
             yield group, _target_scores(params, batch.replace(targets=targets), cfg)
 
@@ -218,10 +219,11 @@ def _scored_next(params, cfg, rows: list[np.ndarray], candidates: list[list[int]
     """(indices, [(index, log_probs [K], correct [K]), ...]): rows [n] and K tokens after each."""
     width = max(map(len, candidates), default=0)
     width = 1 << max(width - 1, 0).bit_length()
+    room = models.family(cfg.family).room(params, cfg)
 
     def start():
         for group, B, L in _batches([len(row) for row in rows], batch_size):
-            batch = _batch([rows[n] for n in group], B, L, cfg)
+            batch = _batch([rows[n] for n in group], B, L, cfg, room)
             next_BxK = _padded([candidates[n] for n in group], B, width, cfg)
             last_B = np.maximum(batch.segments.sum(1) - 1, 0).astype(np.int32)
             yield group, _next_scores(params, batch, last_B, next_BxK, cfg)

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax import sharding
 from llm_jax.config import ModelConfig
-from llm_jax.nn import attention, cached, head, layers, moe, mup, positions, weights
+from llm_jax.nn import attention, cached, distill_head, head, layers, moe, mup, positions, weights
 from llm_jax.nn.blockwise import EVERYONE
 from llm_jax.nn.dense import embed
 from llm_jax.nn.params import Normal, ParamSpec, flatten, stacked, unflatten
@@ -82,7 +82,7 @@ def hidden(
     params = cast(params, cfg.dtype)
     position_BxL, side, cache = _side(batch, cfg, cache, prefix_length(params))
     with jax.named_scope("embed"):
-        x = embed(params["embed"]["tokens"], batch.tokens)
+        x = embed(params["embed"]["tokens"], batch.tokens).astype(cfg.dtype)
     if "prefix" in params and cache is None:
         params = _in_layers(params, prefix_of(params, cfg))
     return _trunk(params, x, position_BxL, side, cache, rng, cfg)
@@ -105,7 +105,7 @@ def _trunk(
         if cfg.embed_scale != 1.0:
             x = x * jnp.asarray(cfg.embed_scale, x.dtype)
         if cfg.positions == "learned":
-            x = x + embed(params["embed"]["positions"], position_BxL, None)
+            x = x + embed(params["embed"]["positions"], position_BxL, None).astype(x.dtype)
         elif cfg.positions == "sinusoidal":
             x = x + positions.sinusoids(position_BxL, cfg.d_model).astype(x.dtype)
         x = _noisy(x, segments_BxL, rng, cfg.embed_noise)
@@ -188,19 +188,29 @@ def scores(
     rng: Array | None = None,
     want: tuple[str, ...] = ("log_probs", "log_z", "correct"),
 ) -> Scores:
-    """Per-token numbers at `batch.targets` [B, L]; `want` may add "entropy", "mean_log_probs"."""
+    """Per-token numbers at `batch.targets` [B, L]; `want` may add "entropy", "mean_log_probs", and
+    "candidate_log_probs", those of `batch.candidates` [B, L, n], which takes "log_z" too."""
     out = hidden(params, batch, cfg, cache=cache, rng=rng)
     with jax.named_scope("head"):
+        side = head_side(params, out.x, cfg)
         terms = head.token_scores(
-            head_table(params),
-            _scaled(out.x, cfg),
+            side.table_VxD,
+            side.x_BxLxD,
             batch.targets,
             vocab_size=cfg.vocab_size,
             softcap=cfg.logit_softcap,
             chunk=cfg.head_chunk,
-            want=want,
+            want=tuple(name for name in want if name != "candidate_log_probs"),
         )
+        if "candidate_log_probs" in want:
+            logits_BxLxn = distill_head.candidate_logits(side, batch.candidates)
+            terms["candidate_log_probs"] = logits_BxLxn - terms["log_z"][..., None]
     return Scores(**terms, penalties=out.penalties, stats=out.stats, cache=out.cache)
+
+
+def head_side(params: PyTree, x_BxLxD: Array, cfg: ModelConfig) -> distill_head.Side:
+    """What the output head makes logits of, for heads that compare two models."""
+    return distill_head.Side(head_table(params), _scaled(x_BxLxD, cfg), cfg.logit_softcap)
 
 
 def logits(params: PyTree, x_BxLxD: Array, cfg: ModelConfig) -> Array:
@@ -227,13 +237,12 @@ def init_cache(params: PyTree, batch: Batch, cfg: ModelConfig, length: int) -> C
     return _empty_cache(B, cfg, length)
 
 
-def _empty_cache(B: int, cfg: ModelConfig, length: int) -> Cache:
+def _empty_cache(B: int, cfg: ModelConfig, length: int, *, plain: bool = False) -> Cache:
+    """`plain`: in the compute type, whatever `cfg.cache_dtype` says."""
+    own = plain or cfg.cache_dtype == "auto"
     shapes = attention.cache_specs(cfg, B, length)
     return Cache(
-        layers={
-            n: sharding.constrain(jnp.zeros(s, cfg.dtype), None, "batch", "kv_heads", None, None)
-            for n, s in shapes.items()
-        },
+        layers=cached.empty(shapes, cfg.dtype if own else cfg.cache_dtype),
         segments=jnp.zeros((B, length), jnp.int32),
         positions=jnp.zeros((B, length), jnp.int32),
         index=jnp.int32(0),
@@ -265,7 +274,7 @@ def prefix_of(params: PyTree, cfg: ModelConfig) -> PyTree:
     # The same for all: a row for each piece that a mesh cuts a batch into.
     B = 1 if mesh is None else math.prod(mesh.shape[a] for a in sharding.RULES["batch"])
     batch = Batch(tokens=jnp.zeros((B, n), jnp.int32))
-    position_BxL, side, cache = _side(batch, cfg, _empty_cache(B, cfg, n))
+    position_BxL, side, cache = _side(batch, cfg, _empty_cache(B, cfg, n, plain=True))
     x_BxLxD = jnp.broadcast_to(x_nxD[None], (B, *x_nxD.shape))
     cache = _trunk(params, x_BxLxD, position_BxL, side, cache, None, cfg).cache
     flat = (cfg.n_layers, n, cfg.kv_heads * cfg.head_dim)
@@ -348,7 +357,8 @@ def _at_layer(x_BxE: Array, i: Array, n_layers: int) -> Array:
 
 def head_table(params: PyTree) -> Array:
     """The output head's table [V, D]: its own, or the embedding it is tied to."""
-    return params["head"]["w"] if "head" in params else params["embed"]["tokens"]
+    table = params["head"]["w"] if "head" in params else params["embed"]["tokens"]
+    return table.dequantize(jnp.float32) if isinstance(table, weights.Weight) else table
 
 
 def cast(params: PyTree, dtype: str) -> PyTree:

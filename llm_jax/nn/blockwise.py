@@ -171,8 +171,9 @@ _xla.defvjp(_xla_forward, _xla_backward)
 
 
 def _known_start(mask: Mask) -> Mask:
-    """None, which stays static through the custom derivative, back to slot 0."""
-    return mask._replace(start=0) if mask.start is None else mask
+    """None, which stays static through the custom derivative, back to slot 0. Every other start is
+    an array: JAX hands some on as integers, in one of the two passes alone."""
+    return mask._replace(start=0 if mask.start is None else jnp.asarray(mask.start))
 
 
 class _Strip(NamedTuple):

@@ -3,7 +3,8 @@
 There the time goes into reading the weights and the cache, so nothing may copy either. Keys and
 values enter their matmuls as they are stored. A cache comes in one of two forms: stacked leaves
 [M, B, K, S, Dh], out of which a layer has to be cut, or, where layers run in a loop on one device,
-a queue with an entry a layer.
+a queue with an entry a layer. Keys and values are held in the type that the model computes in, or
+as int8 with a scale for each row, head and slot; then one layer's at a time are made plain.
 """
 
 import math
@@ -11,8 +12,22 @@ import math
 import jax
 import jax.numpy as jnp
 
+from llm_jax import sharding
 from llm_jax.nn.blockwise import MASKED, Mask, Shape, visible
 from llm_jax.types import Array, PyTree
+
+
+def empty(shapes: dict[str, tuple[int, ...]], dtype: str) -> PyTree:
+    """Zeros for stacked keys and values "k", "v" of the given shapes; for int8 also "k_scale" and
+    "v_scale" [M, B, K, S, 1]."""
+
+    def zeros(shape: tuple[int, ...], dtype: str) -> Array:
+        return sharding.constrain(jnp.zeros(shape, dtype), None, "batch", "kv_heads", None, None)
+
+    layers = {name: zeros(shape, dtype) for name, shape in shapes.items()}
+    if dtype == "int8":
+        layers |= {f"{n}_scale": zeros((*s[:-1], 1), "float32") for n, s in shapes.items()}
+    return layers
 
 
 def queue(cache: PyTree, n_layers: int) -> tuple[PyTree, ...]:
@@ -38,12 +53,13 @@ def append(
     stand as before.
     """
     new = {"k": k_BxLxKxDh.transpose(0, 2, 1, 3), "v": v_BxLxKxDh.transpose(0, 2, 1, 3)}
+    layer = cache[0] if isinstance(cache, tuple) else cache
+    if "k_scale" in layer:
+        new = _quantized(new)
     write = jax.lax.dynamic_update_slice
     if isinstance(cache, tuple):
         own = {
-            n: write(
-                cache[0][n], x.reshape(-1, *x.shape[2:]).astype(cache[0][n].dtype), (0, start, 0)
-            )
+            n: write(layer[n], x.reshape(-1, *x.shape[2:]).astype(layer[n].dtype), (0, start, 0))
             for n, x in new.items()
         }
         cache = (*cache[1:], own)
@@ -53,7 +69,20 @@ def append(
             for n, x in new.items()
         }
         own = {n: jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for n, x in cache.items()}
+    if "k_scale" in own:
+        own = {n: own[n].astype(jnp.float32) * own[f"{n}_scale"] for n in ("k", "v")}
     return own["k"].astype(k_BxLxKxDh.dtype), own["v"].astype(v_BxLxKxDh.dtype), cache
+
+
+def _quantized(new: PyTree) -> PyTree:
+    """Keys and values [..., Dh] as round(127 x / max|x|) of each vector, and the scales [..., 1]."""
+    out = {}
+    for name, x in new.items():
+        x = x.astype(jnp.float32)
+        top = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+        out[name] = jnp.round(127.0 * x / jnp.where(top == 0, 1.0, top))
+        out[f"{name}_scale"] = top / 127.0
+    return out
 
 
 def attend(q_BxLxHxDh: Array, k: Array, v: Array, mask: Mask, shape: Shape) -> Array:

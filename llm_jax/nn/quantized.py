@@ -7,6 +7,7 @@ are never differentiated.
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import flax.struct
@@ -93,6 +94,7 @@ class Int8:
         )
 
 
+@partial(jax.jit, static_argnames="per")
 def int8(w: Array, per: str) -> Int8:
     """round(127 w / max|w|), the maximum over all of w [D_in, D_out] or over a row or a channel.
 
@@ -182,6 +184,14 @@ class Blockwise:
             values = values[: int(np.prod(self.size))]
         return values.reshape(self.size).astype(dtype)
 
+    def indices(self) -> Array:
+        """The number of each weight's level, uint8, in the matrix's shape."""
+        if self.stacked:
+            return jax.vmap(lambda w: w.indices())(self)
+        codes = _unpack(self.codes, self.bits)
+        codes = codes if self.by_row else codes[: int(np.prod(self.size))]
+        return codes.reshape(self.size)
+
     def layout(self, axes: tuple[str | None, ...]) -> "Blockwise":
         """Rows are cut as the matrix's are, where the arrays keep them apart; columns are not."""
         lead = axes[: len(axes) - len(self.size)]
@@ -206,8 +216,9 @@ class Blockwise:
         return values if self.offset is None else values + self.offset
 
 
+@partial(jax.jit, static_argnames=("levels", "bits", "block", "double"))
 def blockwise(
-    w: Array, levels: str | Sequence[float], *, bits: int, block: int, double: bool = False
+    w: Array, levels: str | tuple[float, ...], *, bits: int, block: int, double: bool = False
 ) -> Blockwise:
     """w (of any shape, one layer's) as the nearest of `table(levels, bits)` times its block's maximum.
 

@@ -4,9 +4,11 @@ import math
 import re
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llm_jax.nn import quantized, weights
 from llm_jax.nn.params import flatten, unflatten
@@ -115,6 +117,27 @@ def dequantize_tree(params: PyTree, dtype: str = "float32") -> PyTree:
         params,
         is_leaf=weights.is_weight,
     )
+
+
+class Errors(NamedTuple):
+    """What quantising a matrix did to it."""
+
+    rms: float  # root mean square of the differences
+    levels: int  # that there are
+    used_levels: int  # that some weight has
+    saturated: float  # share of the weights at the lowest or the highest level
+
+
+def errors(w: Array, leaf: quantized.Int8 | quantized.Blockwise) -> Errors:
+    """Compares a matrix with its quantised leaf. One outlier under a scale for all wastes levels;
+    with a constant per block it spoils its own block alone."""
+    if isinstance(leaf, quantized.Int8):
+        codes, n = np.asarray(leaf.codes, np.int32) + 127, 255
+    else:
+        codes, n = np.asarray(leaf.indices()), len(quantized.table(leaf.levels, leaf.bits))
+    apart = np.asarray(leaf.dequantize(jnp.float32), np.float64) - np.asarray(w, np.float64)
+    ends = (codes == 0) | (codes == n - 1)
+    return Errors(float(np.sqrt(np.mean(apart**2))), n, len(np.unique(codes)), float(np.mean(ends)))
 
 
 def nbytes(params: PyTree) -> int:

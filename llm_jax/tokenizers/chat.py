@@ -133,7 +133,8 @@ def tokens_within(
     starts = ends - sizes
     shift = int(tokenizer.strips_leading_space and written[:1] == b" ")
     if written[shift:] != content:
-        starts, ends, shift = *_places_of(pieces, content, shift), 0
+        known = [b"" if i == tokenizer.unk_id else p for i, p in zip(ids, pieces, strict=True)]
+        starts, ends, shift = *_places_of(known, content, shift), 0
     inside = np.zeros(max(len(written), len(content)) + 1, np.int64)
     for start, end in spans:
         before = len(text[:start].encode()) + shift

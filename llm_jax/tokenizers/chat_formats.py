@@ -36,7 +36,7 @@ _LLAMA2 = """\
     {%- set turns = messages %}
 {%- endif %}
 {%- for message in turns %}
-    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+    {%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}
         {{- raise_exception('after an optional system turn, user and assistant have to take turns') }}
     {%- endif %}
     {%- if message['role'] == 'user' %}

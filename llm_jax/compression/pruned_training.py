@@ -1,0 +1,241 @@
+"""Training while weights are pruned: gradual magnitude pruning and movement pruning.
+
+Masks, or the scores' thresholds, are the frozen part of the state. The host renews them every few
+steps; between two renewals a step is as any other.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from llm_jax import config as configs
+from llm_jax import models, sharding
+from llm_jax.config import TrainConfig
+from llm_jax.data.progress import bar
+from llm_jax.nn import params as nn_params
+from llm_jax.nn.params import Constant, ParamSpec, flatten, unflatten
+from llm_jax.peft import pruning
+from llm_jax.peft.quantization import LINEAR
+from llm_jax.train import program
+from llm_jax.train.optimizer import make_optimizer, state_shardings
+from llm_jax.train.step import make_train_step
+from llm_jax.types import Array, Batch, PyTree, TrainState
+
+METHODS = ("magnitude", "movement")
+UNDECAYED = ((r"^scores/", False),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruning:
+    """What is pruned while training.
+
+    Attributes:
+      method: "magnitude" prunes what is small (Zhu & Gupta 2017), "movement" what training moves
+        towards 0 (Sanh et al. 2020), by scores that are trained beside the weights.
+      sparsity: share of each matrix, or of all together, that is pruned in the end.
+      begin, end: steps between which the share rises (`pruning.cubic_sparsity`); from `end` on the
+        rest is trained. Equal ones prune all at once.
+      every: steps from one renewal to the next.
+      targets: a pattern that is searched in the paths of the matrices.
+      scope: "matrix" (each layer's) or "global", of magnitudes.
+      score_rate: the scores' learning rate as a multiple of the weights'.
+    """
+
+    method: str = "magnitude"
+    sparsity: float = 0.5
+    begin: int = 0
+    end: int = 0
+    every: int = 10
+    targets: str = LINEAR
+    scope: str = "matrix"
+    score_rate: float = 100.0
+
+    def at(self, step: int) -> float:
+        """The share that is pruned from this step on."""
+        return pruning.cubic_sparsity(step, begin=self.begin, end=self.end, final=self.sparsity)
+
+    def renews(self, step: int) -> bool:
+        """Whether masks or thresholds are made anew before this step; scores keep moving, so theirs
+        also after `end`."""
+        regular = step >= self.begin and (step - self.begin) % self.every == 0
+        return step == self.end or (regular and (step < self.end or self.method == "movement"))
+
+
+class Pruned(NamedTuple):
+    """What a run ends with."""
+
+    params: PyTree  # plain arrays, 0 where the masks are false
+    masks: dict[str, Array]  # {path: bool}
+    losses: np.ndarray  # [steps] nats per token
+    sparsities: np.ndarray  # [steps] share that the schedule asked for
+
+
+def train(
+    cfg: TrainConfig,
+    batch: Callable[[int], Batch],
+    params: PyTree,
+    plan: Pruning,
+    *,
+    watch: Callable[[int, float], None] | None = None,
+) -> Pruned:
+    """Trains `params` with the frozen, resolved `cfg` on `batch(step)` of numpy rows, while pruning.
+
+    Pruned weights get no gradient and are exactly 0 in the result. `watch(step, loss)` is called a
+    step late.
+
+    Raises:
+      ValueError: a plan that does not end within the run, PEFT or frozen parameters beside it, an
+        unknown method, or targets that match nothing.
+    """
+    _check(cfg, plan)
+    mesh = sharding.make_mesh(cfg.mesh)
+    specs = models.family(cfg.model.family).specs(cfg.model)
+    paths = pruning.target_paths(params, specs, plan.targets)
+    with jax.set_mesh(mesh):
+        run = _build(cfg, mesh, specs, paths, plan)
+        params = jax.device_put(params, nn_params.shardings(specs, mesh))
+        state, losses, shares = run.start(params, jax.random.key(cfg.seed)), [], []
+        progress = bar(cfg.name, cfg.steps, "step")
+        share = 0.0
+        for step in range(cfg.steps):
+            if plan.renews(step):
+                share = plan.at(step)
+                state = state.replace(frozen=_renewed(state, specs, plan, share))
+            rows = program.put(batch(step), mesh, cfg.accumulation)
+            state, metrics = run.step(state, rows)
+            losses.append(metrics["loss"])
+            shares.append(share)
+            if step:
+                losses[-2] = float(losses[-2])
+                if watch:
+                    watch(step - 1, losses[-2])
+            progress.update(1)
+        progress.close()
+        losses = np.array([float(x) for x in losses])
+        if watch:
+            watch(cfg.steps - 1, losses[-1])
+        final = state.params if state.ema is None else state.ema
+        if plan.method == "movement":
+            scores = flatten(final["scores"])
+            cut = pruning.score_thresholds(scores, specs, plan.sparsity)
+            trained, masks = final["model"], _above(scores, cut)
+        else:
+            trained, masks = final, flatten(state.frozen)
+        return Pruned(pruning.pruned(trained, masks), masks, losses, np.array(shares))
+
+
+class _Run(NamedTuple):
+    start: Callable[[PyTree, Array], TrainState]
+    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+
+
+def _build(
+    cfg: TrainConfig, mesh: jax.sharding.Mesh, specs: PyTree, paths: list[str], plan: Pruning
+) -> _Run:
+    """The jitted functions. The frozen part is a tree {path: mask} or {path: thresholds}."""
+    declared = {path: flatten(specs)[path] for path in paths}
+    if plan.method == "movement":
+        scores = {
+            path: ParamSpec(s.shape, s.axes, Constant(0.0), rate=s.rate * plan.score_rate)
+            for path, s in declared.items()
+        }
+        trained = {"model": specs, "scores": unflatten(scores)}
+        frozen = {p: ParamSpec(s.shape[:-2], s.axes[:-2], None) for p, s in declared.items()}
+        cfg = configs.thaw(cfg)
+        cfg.optimizer.decay_rules = (*UNDECAYED, *cfg.optimizer.decay_rules)
+        cfg = configs.freeze(cfg)
+    else:
+        trained, frozen = specs, declared
+    optimizer = make_optimizer(cfg.optimizer, cfg.steps, trained, cfg.model.moe.bias_rate)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    cut = nn_params.shardings(trained, mesh)
+
+    def start(params: PyTree, key: Array) -> TrainState:
+        if plan.method == "movement":
+            zeros = {path: jnp.zeros(s.shape, s.dtype) for path, s in scores.items()}
+            params = {"model": params, "scores": unflatten(zeros)}
+            held = {p: jnp.full(s.shape, -jnp.inf, jnp.float32) for p, s in frozen.items()}
+        else:
+            held = {p: jnp.ones(s.shape, bool) for p, s in frozen.items()}
+        return TrainState(
+            step=jnp.int32(0),
+            key=key,
+            params=params,
+            frozen=unflatten(held),
+            opt_state=optimizer.init(params),
+            ema=jax.tree.map(jnp.copy, params) if cfg.optimizer.ema_decay else None,
+            carry=None,
+            bad_steps=jnp.int32(0),
+        )
+
+    shardings = TrainState(
+        step=replicated,
+        key=replicated,
+        params=cut,
+        frozen=nn_params.shardings(unflatten(frozen), mesh),
+        opt_state=state_shardings(optimizer, trained, mesh),
+        ema=cut if cfg.optimizer.ema_decay else None,
+        carry=None,
+        bad_steps=replicated,
+    )
+
+    def join(trained: PyTree, frozen: PyTree) -> PyTree:
+        if plan.method == "movement":
+            return pruning.scored(trained["model"], flatten(trained["scores"]), flatten(frozen))
+        return pruning.masked(trained, flatten(frozen))
+
+    step = make_train_step(program.make_loss_fn(cfg), optimizer, cfg, join=join)
+    return _Run(
+        start=jax.jit(start, out_shardings=shardings),
+        step=jax.jit(
+            step,
+            in_shardings=(shardings, None),
+            out_shardings=(shardings, replicated),
+            donate_argnums=0,
+        ),
+    )
+
+
+def _renewed(state: TrainState, specs: PyTree, plan: Pruning, share: float) -> PyTree:
+    """The frozen part for a share. Of magnitudes what is pruned stays pruned."""
+    if plan.method == "movement":
+        new = pruning.score_thresholds(flatten(state.params["scores"]), specs, share)
+    else:
+        new = pruning.magnitude_masks(
+            pruning.pruned(state.params, flatten(state.frozen)),
+            specs,
+            share,
+            targets=plan.targets,
+            scope=plan.scope,
+        )
+    return jax.tree.map(
+        lambda x, old: jax.device_put(x, old.sharding), unflatten(new), state.frozen
+    )
+
+
+def _above(scores: dict[str, Array], thresholds: dict[str, Array]) -> dict[str, Array]:
+    return {p: s >= thresholds[p].reshape((*thresholds[p].shape, 1, 1)) for p, s in scores.items()}
+
+
+def _check(cfg: TrainConfig, plan: Pruning) -> None:
+    if plan.method not in METHODS:
+        raise ValueError(f"pruning method {plan.method!r} is not one of {', '.join(METHODS)}")
+    if not 0.0 <= plan.sparsity < 1.0:
+        raise ValueError(f"a sparsity of {plan.sparsity}; it has to be in [0, 1)")
+    if not 0 <= plan.begin <= plan.end < cfg.steps or plan.every < 1:
+        raise ValueError(
+            f"pruning from step {plan.begin} to {plan.end} every {plan.every} does not fit a run of "
+            f"steps={cfg.steps}; it has to end before the last"
+        )
+    if plan.method == "movement" and plan.scope != "matrix":
+        raise ValueError(f"scope={plan.scope!r} is for magnitudes; movement prunes each matrix")
+    if cfg.peft.method != "none" or any(frozen for _, frozen in cfg.optimizer.freeze_rules):
+        raise ValueError(
+            f"pruning trains every parameter; set peft.method={cfg.peft.method} to none and leave "
+            "optimizer.freeze_rules alone"
+        )

@@ -1,0 +1,158 @@
+"""The model that a student learns from: loaded, compared with the student's vocabulary, and its most
+probable tokens written to disk."""
+
+import hashlib
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from llm_jax import config as configs
+from llm_jax import models
+from llm_jax.config import ModelConfig, TrainConfig
+from llm_jax.data.progress import bar
+from llm_jax.eval.output import write_json
+from llm_jax.nn import distill_head
+from llm_jax.nn.params import flatten
+from llm_jax.train import base_model
+from llm_jax.train.program import put
+from llm_jax.types import Array, Batch, PyTree
+
+IDS, LOG_PROBS, MANIFEST = "ids.npy", "log_probs.npy", "manifest.json"
+
+
+class Teacher(NamedTuple):
+    """A model that is not trained."""
+
+    cfg: ModelConfig
+    params: PyTree
+    specs: PyTree
+    tokenizer: Any
+
+
+def load_teacher(path: str | Path, mesh: jax.sharding.Mesh) -> Teacher:
+    """The model at `path` (whatever `llm_jax.load` takes), its parameters cut for `mesh`.
+
+    Raises:
+      FileNotFoundError, ValueError: as `llm_jax.load` does.
+    """
+    recipe = TrainConfig()
+    base_model.adopt(recipe, path)
+    cfg, tokenizer = recipe.model, base_model.load_tokenizer(path)
+    configs.resolve_model(
+        cfg,
+        vocab_size=tokenizer.vocab_size,
+        length=cfg.max_length,
+        backend=jax.default_backend(),
+    )
+    configs.freeze(cfg)
+    model = models.family(cfg.family)
+    specs = model.specs(cfg)
+    params = model.cast(base_model.load_params(path, specs, mesh), cfg.dtype)
+    return Teacher(cfg, params, specs, tokenizer)
+
+
+def check_vocabulary(teacher: ModelConfig, student: ModelConfig) -> None:
+    """Raises ValueError if the two have different vocabularies."""
+    if teacher.vocab_size != student.vocab_size:
+        raise ValueError(
+            f"the teacher has a vocabulary of {teacher.vocab_size} tokens and the student "
+            f"(model.vocab_size) one of {student.vocab_size}; distillation compares them token by "
+            "token, so give the student the teacher's tokenizer (tokenizer.path)"
+        )
+
+
+def check_tokenizer(teacher: Any, student: Any) -> None:
+    """Raises ValueError if an id stands for different tokens."""
+    if teacher.fingerprint() != student.fingerprint():
+        raise ValueError(
+            f"the teacher's tokenizer ({teacher.fingerprint()}) and the student's "
+            f"({student.fingerprint()}) differ; leave tokenizer.path empty to take the teacher's"
+        )
+
+
+class TopK:
+    """A teacher's n most probable tokens at every place of every batch, on disk.
+
+    Attributes:
+      folder: ids.npy, int32, and log_probs.npy, float32, both [steps, B, T, n] (8 n bytes a token),
+        and manifest.json, which names what they depend on.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._ids = np.load(folder / IDS, mmap_mode="r")
+        self._log_probs = np.load(folder / LOG_PROBS, mmap_mode="r")
+
+    def add(self, batch: Batch, step: int) -> Batch:
+        """The batch of a step with its candidates."""
+        return batch.replace(
+            candidates=np.asarray(self._ids[step]),
+            candidate_log_probs=np.asarray(self._log_probs[step]),
+        )
+
+
+def prepare_top_k(
+    teacher: Teacher, loader: Any, cfg: TrainConfig, mesh: jax.sharding.Mesh, k: int, root: Path
+) -> TopK:
+    """One pass of the teacher over all batches of a run, or the one that `root` holds already.
+
+    Batches are a function of the seed and the step (`loader.batch`), and so is what is kept: the
+    context of a token differs from epoch to epoch.
+
+    Raises:
+      ValueError: k outside 1 .. the vocabulary.
+    """
+    V = teacher.cfg.vocab_size
+    if not 1 <= k <= V:
+        raise ValueError(f"--top_k={k} has to be from 1 to the vocabulary's {V}")
+    manifest = {
+        "teacher": _fingerprint(teacher.params),
+        "data": loader.identity,
+        "steps": cfg.steps,
+        "top_k": k,
+    }
+    text = json.dumps(manifest, sort_keys=True)
+    folder = root / f"top{k}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    if (folder / MANIFEST).exists():
+        return TopK(folder)
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    first = loader.batch(0)
+    shape = (cfg.steps, *first.targets.shape, k)
+    make = partial(np.lib.format.open_memmap, mode="w+", shape=shape)
+    ids = make(str(unfinished / IDS), dtype=np.int32)
+    log_probs = make(str(unfinished / LOG_PROBS), dtype=np.float32)
+    progress = bar("teacher", cfg.steps, "step")
+    for step in range(cfg.steps):
+        batch = put(loader.batch(step), mesh)
+        ids[step], log_probs[step] = jax.device_get(
+            _top_k(teacher.params, batch, cfg=teacher.cfg, k=k)
+        )
+        progress.update(1)
+    progress.close()
+    ids.flush()
+    log_probs.flush()
+    write_json(str(unfinished / MANIFEST), manifest)
+    unfinished.rename(folder)
+    return TopK(folder)
+
+
+@partial(jax.jit, static_argnames=("cfg", "k"))
+def _top_k(params: PyTree, batch: Batch, *, cfg: ModelConfig, k: int) -> tuple[Array, Array]:
+    model = models.family(cfg.family)
+    side = model.head_side(params, model.hidden(params, batch, cfg).x, cfg)
+    return distill_head.top_k(side, k, vocab_size=cfg.vocab_size)
+
+
+def _fingerprint(params: PyTree) -> str:
+    found = hashlib.sha256()
+    for path, leaf in sorted(flatten(params).items()):
+        found.update(path.encode())
+        found.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+    return found.hexdigest()[:16]
