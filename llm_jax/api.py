@@ -91,6 +91,7 @@ class Model:
     def chat(self, messages: Sequence[dict[str, Any]], **sampling: Any) -> str:
         """The assistant's answer to `messages` ({"role": ..., "content": ...}), in the tokenizer's
         chat template."""
+        sampling.setdefault("stop", self.config.tokenizer.stop)
         ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         return self.generate([ids], **sampling)[0].strip()
 
@@ -111,7 +112,8 @@ class Model:
             run = checkpoint.load_config(path)
             if run.peft.method == "none":
                 raise ValueError(f"{path} is a whole model, not an adapter; load it")
-            config.peft, config.data = configs.thaw(run.peft), configs.thaw(run.data)
+            for part in ("peft", "data", "tokenizer"):
+                setattr(config, part, configs.thaw(getattr(run, part)))
             config.checkpoint.init_from = run.checkpoint.init_from
             trained = base_model.load_trained(path, run, self.mesh)
             tokenizer = checkpoint.load_tokenizer(path)

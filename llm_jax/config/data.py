@@ -22,6 +22,7 @@ class TokenizerConfig(Config):
     unk: bool = True  # char and word: whether there is an unknown token
     train_bytes: int = 20_000_000  # at most this much text is used for training it
     end_tokens: tuple = ()  # ids that end a generated text, besides the tokenizer's own
+    stop: tuple = ()  # strings that end an answer, where no id does
 
 
 @settings
@@ -63,7 +64,7 @@ class DataConfig(Config):
     # SourceConfigs; replaces `inputs` when given
     sources: tuple = field(default=(), metadata={"of": SourceConfig})
     eval_inputs: tuple = ()  # held-out text; empty: the last eval_fraction of each source
-    eval_fraction: float = 0.1  # by characters, from the end
+    eval_fraction: float = 0.1  # by characters, from the end; dialogues: by conversations
     text_key: str = "text"  # field of jsonl and parquet rows
     # split (concatenate and split) | random (windows at random places) | first_fit (several in a
     # row) | pad (one in a row) | bucket (dialogues: one in a row, rows of a step of like length)

@@ -70,8 +70,8 @@ class Dialogues(Corpus):
         special = tokenizer.special_tokens
         ends = {special[name] for name in (renderer.ending.strip(), *stop) if name in special}
         ends = tuple(sorted(ends - {tokenizer.eos_id}))
-        super().__init__(tokenizer, train, evaluation, directory, ends)
-        self.stop = tuple(name for name in stop if name not in special)
+        stop = tuple(name for name in stop if name not in special)
+        super().__init__(tokenizer, train, evaluation, directory, ends, stop)
 
     def parts(self) -> list[dict[str, Any]]:
         """Rows of a report's table: what each part holds and what became of its rows."""

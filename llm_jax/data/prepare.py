@@ -27,14 +27,15 @@ ORIGIN = "origin.json"  # beside a trained tokenizer: its options and its text
 class Corpus:
     """What training needs of the data: text as one stream of tokens.
 
-    `data.dialogue.Dialogues` is the other kind, with the same properties and methods.
+    `data.dialogue.Dialogues` is the other kind.
     """
 
     tokenizer: tokenizers.Tokenizer
     train: list[Component]  # what `make_loader` takes
     evaluation: Tokens | None  # None: nothing is held out
     directory: str
-    end_tokens: tuple[int, ...] = ()  # what ends a sample besides the tokenizer's own
+    end_tokens: tuple[int, ...] = ()  # ids that end a sample besides the tokenizer's own
+    stop: tuple[str, ...] = ()  # strings that do
 
     @property
     def train_tokens(self) -> int:
@@ -177,7 +178,9 @@ def prepare_in(
         evaluation = tokens(SourceConfig(name=EVAL, inputs=data.eval_inputs), EVAL)
     elif data.eval_fraction:
         evaluation = Tokens.concatenate([tokens(s, EVAL) for s in sources])
-    return Corpus(found, train, evaluation, root, tuple(tokenizer.end_tokens))
+    return Corpus(
+        found, train, evaluation, root, tuple(tokenizer.end_tokens), tuple(tokenizer.stop)
+    )
 
 
 class _Texts:
@@ -307,7 +310,7 @@ def _loaded(data: DataConfig, config: TokenizerConfig) -> tokenizers.Tokenizer |
 
 def training_options(config: TokenizerConfig) -> dict:
     """What training a tokenizer depends on."""
-    elsewhere = ("path", "end_tokens")
+    elsewhere = ("path", "end_tokens", "stop")
     names = [f.name for f in dataclasses.fields(config) if f.name not in elsewhere]
     return {name: getattr(config, name) for name in names}
 

@@ -13,6 +13,7 @@ import numpy as np
 from llm_jax import config as configs
 from llm_jax import models, sharding
 from llm_jax.config import ModelConfig
+from llm_jax.data.packing import bucket
 from llm_jax.decode import stopping, weights
 from llm_jax.decode.sampling import Sampling, choose, make_sampling
 from llm_jax.nn.cached import queue
@@ -22,15 +23,6 @@ OUTPUT_STEP = 32  # output lengths are rounded up to it, so that few shapes are 
 # Deeper models keep the scan over layers: a loop takes compile time in proportion to its length,
 # about half a second a layer on a CPU, and a second copy of the weights.
 LOOPED_LAYERS = 32
-
-
-def bucket(n: int) -> int:
-    """The padded length of a row of n tokens: 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, ...
-
-    Few lengths, so that few shapes are compiled; at most half of a row is padding, of long ones a third.
-    """
-    step = max(32, 1 << max((n - 1).bit_length() - 2, 0))
-    return -(-max(n, 1) // step) * step
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from scipy import stats
 from llm_jax import models
 from llm_jax.config import ModelConfig
 from llm_jax.data import documents
-from llm_jax.decode.generate import bucket
+from llm_jax.data.packing import bucket
 from llm_jax.eval.classification import roc_auc
 from llm_jax.eval.scoring import Progress, rolling
 from llm_jax.types import Array, Batch, PyTree

@@ -15,7 +15,8 @@ import numpy as np
 
 from llm_jax import models, sharding
 from llm_jax.config import ModelConfig
-from llm_jax.decode.generate import bucket, start_ids
+from llm_jax.data.packing import bucket
+from llm_jax.decode.generate import start_ids
 from llm_jax.types import Array, Batch, PyTree
 
 Ids = Sequence[int]

@@ -42,18 +42,18 @@ def adopt(cfg: TrainConfig, path: str | Path) -> None:
     """
     if pretrained.kind(path):
         found = pretrained.load(path, None)
-        model, adds_bos, ends = found.model, found.adds_bos, found.end_tokens
+        model, adds_bos, ends, stop = found.model, found.adds_bos, found.end_tokens, ()
     else:
         base = checkpoint.load_config(path)
         model, adds_bos = configs.thaw(base.model), base.data.add_bos
-        ends = base.tokenizer.end_tokens
+        ends, stop = base.tokenizer.end_tokens, base.tokenizer.stop
     for name in RECIPES:
         setattr(model, name, getattr(cfg.model, name))
     experts: MoEConfig = model.moe
     for name in RECIPES_EXPERTS:
         setattr(experts, name, getattr(cfg.model.moe, name))
     cfg.model = model
-    cfg.data.add_bos, cfg.tokenizer.end_tokens = adds_bos, ends
+    cfg.data.add_bos, cfg.tokenizer.end_tokens, cfg.tokenizer.stop = adds_bos, ends, stop
     cfg.checkpoint.init_from, cfg.tokenizer.path = str(Path(path).expanduser().absolute()), ""
 
 

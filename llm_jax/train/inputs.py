@@ -3,32 +3,31 @@
 from pathlib import Path
 
 from llm_jax.config import TrainConfig
-from llm_jax.data.dialogue import Dialogues, prepare_dialogues
+from llm_jax.data.dialogue import prepare_dialogues
 from llm_jax.data.prepare import Corpus, prepare_corpus, prepare_in
 from llm_jax.train import distributed
 
-Data = Corpus | Dialogues
 
-
-def prepare(cfg: TrainConfig, workdir: Path) -> Data:
+def prepare(cfg: TrainConfig, workdir: Path) -> Corpus:
     """The data that `cfg` names; fills in `cfg.steps` what `cfg.epochs` asks for, and in
-    `cfg.tokenizer.end_tokens` what ends an answer.
+    `cfg.tokenizer` what ends an answer.
 
     Process 0 writes what is written, which takes as long as it takes; the others open it then.
     """
     data = _prepare(cfg, workdir)
     # What ends an answer goes with the model: `Model.chat` needs it too.
     cfg.tokenizer.end_tokens = tuple(dict.fromkeys([*cfg.tokenizer.end_tokens, *data.end_tokens]))
+    cfg.tokenizer.stop = tuple(dict.fromkeys([*cfg.tokenizer.stop, *data.stop]))
     if cfg.epochs:
         rows = sum(data.loader(cfg).epoch_rows.values())
         cfg.steps = max(round(cfg.epochs * rows / cfg.batch_size), 1)
     return data
 
 
-def _prepare(cfg: TrainConfig, workdir: Path) -> Data:
-    made: list[Data] = []
+def _prepare(cfg: TrainConfig, workdir: Path) -> Corpus:
+    made: list[Corpus] = []
 
-    def dialogues(writer: bool) -> Dialogues:
+    def dialogues(writer: bool) -> Corpus:
         return prepare_dialogues(
             cfg.data, cfg.tokenizer, str(workdir), length=cfg.length, writer=writer
         )

@@ -24,6 +24,7 @@ from llm_jax import config as configs
 from llm_jax import mesh as mesh_choice
 from llm_jax import models, sharding
 from llm_jax.config import TrainConfig
+from llm_jax.data.prepare import Corpus
 from llm_jax.decode.generate import generate
 from llm_jax.eval import likelihood
 from llm_jax.eval import run as tasks
@@ -145,7 +146,7 @@ class _Run:
         self,
         cfg: TrainConfig,
         workdir: Path,
-        corpus: inputs.Data,
+        corpus: Corpus,
         program: Program,
         peak: float,
         compare: Comparison | None,
@@ -443,7 +444,8 @@ class _Run:
             [self.corpus.prompt(text) for text in cfg.prompts],
             max_new_tokens=n,
             seed=self.cfg.seed,
-            end_tokens=self.corpus.end_tokens,
+            end_tokens=self.cfg.tokenizer.end_tokens,
+            stop=self.cfg.tokenizer.stop,
             add_bos=self.cfg.data.add_bos,
             temperature=cfg.temperature,
             top_k=cfg.top_k,
