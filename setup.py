@@ -83,6 +83,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["llm_jax*", "experiments*"]),
+    package_data={"llm_jax": ["align/seed_tasks.jsonl"]},
     install_requires=CORE,
     extras_require=EXTRAS,
 )

@@ -17,7 +17,9 @@ _TEACHER = flags.DEFINE_string(
     "the larger model: run directory, step folder, Hugging Face folder, .gguf or .bin file",
     required=True,
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "new run directory of the student", required=True)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "the student's run directory; made if absent, resumed if not", required=True
+)
 _INPUT = flags.DEFINE_list(
     "input", [], "training text: files, folders, globs, hf:NAME; replaces the recipe's data"
 )
@@ -42,6 +44,10 @@ _TOP_K = flags.DEFINE_integer(
 )
 
 
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "prepare the data, print what would run, and stop")
+_JOB = cli.define_distributed()
+
+
 def main(argv: list[str]) -> None:
     del argv
     if _CONFIG.value is None:
@@ -56,22 +62,22 @@ def main(argv: list[str]) -> None:
     from llm_jax.train import xla_flags
 
     xla_flags.configure(cfg.log)
+    with _JOB():
+        from llm_jax.compression import distill
+        from llm_jax.config.tuning import DistillConfig
+        from llm_jax.train import distributed
 
-    from llm_jax.compression import distill
-    from llm_jax.config.tuning import DistillConfig
-
-    settings = DistillConfig(
-        alpha=_ALPHA.value,
-        temperature=_TEMPERATURE.value,
-        divergence=_DIVERGENCE.value,
-        beta=_BETA.value,
-        top_k=_TOP_K.value,
-    )
-    summary = distill.train(cfg, settings, _TEACHER.value, _WORKDIR.value)
-    print(
-        f"held-out loss {summary['eval_loss']} (before {summary['eval_loss_before']}, teacher "
-        f"{summary['teacher_eval_loss']}); see {_WORKDIR.value}/report.md"
-    )
+        settings = DistillConfig(
+            alpha=_ALPHA.value,
+            temperature=_TEMPERATURE.value,
+            divergence=_DIVERGENCE.value,
+            beta=_BETA.value,
+            top_k=_TOP_K.value,
+        )
+        options = {"dry_run": _DRY_RUN.value}
+        summary = distill.train(cfg, settings, _TEACHER.value, _WORKDIR.value, **options)
+        if distributed.is_main() and not _DRY_RUN.value:
+            cli.show_run(summary, _WORKDIR.value)
 
 
 if __name__ == "__main__":

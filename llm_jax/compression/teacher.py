@@ -34,12 +34,8 @@ class Teacher(NamedTuple):
     tokenizer: Any
 
 
-def load_teacher(path: str | Path, mesh: jax.sharding.Mesh) -> Teacher:
-    """The model at `path` (whatever `llm_jax.load` takes), its parameters cut for `mesh`.
-
-    Raises:
-      FileNotFoundError, ValueError: as `llm_jax.load` does.
-    """
+def describe_teacher(path: str | Path) -> tuple[ModelConfig, Any]:
+    """(frozen config, tokenizer) of the model at `path`, without its parameters."""
     recipe = TrainConfig()
     base_model.adopt(recipe, path)
     cfg, tokenizer = recipe.model, base_model.load_tokenizer(path)
@@ -49,7 +45,16 @@ def load_teacher(path: str | Path, mesh: jax.sharding.Mesh) -> Teacher:
         length=cfg.max_length,
         backend=jax.default_backend(),
     )
-    configs.freeze(cfg)
+    return configs.freeze(cfg), tokenizer
+
+
+def load_teacher(path: str | Path, mesh: jax.sharding.Mesh) -> Teacher:
+    """The model at `path` (whatever `llm_jax.load` takes), its parameters cut for `mesh`.
+
+    Raises:
+      FileNotFoundError, ValueError: as `llm_jax.load` does.
+    """
+    cfg, tokenizer = describe_teacher(path)
     model = models.family(cfg.family)
     specs = model.specs(cfg)
     params = model.cast(base_model.load_params(path, specs, mesh), cfg.dtype)

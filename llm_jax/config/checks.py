@@ -65,6 +65,12 @@ def validate(config: Config) -> None:
             f"length={config.length} is longer than the learned position table; raise "
             f"model.max_length={m.max_length}, or use model.positions=rope"
         )
+    virtual = config.peft.tokens if config.peft.method in ("prompt", "prefix") else 0
+    if m.positions == "learned" and m.max_length and config.length + virtual > m.max_length:
+        raise ValueError(
+            f"length={config.length} and peft.tokens={virtual} do not fit the {m.max_length} positions "
+            "that the model has learned; lower one"
+        )
     if m.rope_scaling in ("ntk", "yarn", "llama3") and not m.rope_original_length:
         raise ValueError(
             f"model.rope_scaling={m.rope_scaling} needs model.rope_original_length, the context the "

@@ -69,9 +69,9 @@ def score_continuations(
 ) -> list[Score]:
     """Scores (context ids, continuation ids) pairs, neither of them empty.
 
-    At most `window` (default: what the model has room for) tokens go into the model: of a longer pair the last
-    window + 1 are kept, the context is cut from the left. Continuations of one token after the same
-    context (the letters of a multiple choice) share one forward pass.
+    At most `window` tokens (default: what the model has room for) go into the model: of a longer
+    pair the last window + 1 are kept, the context is cut from the left. Continuations of one token
+    after the same context (the letters of a multiple choice) share one forward pass.
 
     Raises:
       ValueError: an empty context or continuation, a continuation longer than the window, or an id

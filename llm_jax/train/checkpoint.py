@@ -14,6 +14,7 @@ import contextlib
 import json
 import logging
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from llm_jax import sharding, tokenizers
 from llm_jax.config import CheckpointConfig, MeshConfig, TrainConfig
 from llm_jax.nn.params import abstract, flatten, unflatten
 from llm_jax.train.optimizer import merge, partition
+from llm_jax.train.tuning import without
 from llm_jax.types import PyTree, TrainState
 
 ITEMS = ("params", "training", "config", "tokenizer", "data")
@@ -46,8 +48,17 @@ def _quiet():
 class Checkpoints:
     """The checkpoints of one run, for writing and for resuming."""
 
-    def __init__(self, directory: str | Path, cfg: TrainConfig, tokenizer: Any, data: dict):
+    def __init__(
+        self,
+        directory: str | Path,
+        cfg: TrainConfig,
+        tokenizer: Any,
+        data: dict,
+        beside: Iterable[str] = (),
+    ):
+        """`beside`: names of the other models in the state's frozen part, which are not saved."""
         keep: CheckpointConfig = cfg.checkpoint
+        self._beside = tuple(beside)
         self._cfg, self._tunes = cfg, cfg.peft.method != "none"
         self._data = {**data, "tokenizer": tokenizer.fingerprint()}
         self._tokenizer = _tokenizer_files(tokenizer)
@@ -120,11 +131,14 @@ class Checkpoints:
 
     def _saved(self, state: TrainState) -> PyTree:
         """The parameters that a checkpoint holds: with PEFT not those of the base."""
-        return state.params if self._tunes else merge(state.params, state.frozen)
+        if self._tunes:
+            return state.params
+        return merge(state.params, without(state.frozen, self._beside))
 
     def restore(self, target: TrainState, step: int) -> TrainState:
         """The state saved at `step`, with the shapes and shardings of `target`, whatever mesh it
-        was saved on. With PEFT the frozen part is the `target`'s own.
+        was saved on. What is not saved of the frozen part, a PEFT's base or another model, is the
+        `target`'s own.
 
         Raises:
           ValueError: the checkpoint is damaged, or belongs to another model, seed or data.
@@ -155,11 +169,11 @@ class Checkpoints:
             out = self._manager.restore(step, args=args)
         except Exception as e:
             raise _damaged(folder, e) from e
-        params, frozen = (
-            (out.params, target.frozen)
-            if self._tunes
-            else partition(out.params, self._cfg.optimizer)
-        )
+        params, frozen = out.params, target.frozen
+        if not self._tunes:
+            params, own = partition(params, self._cfg.optimizer)
+            others = {name: target.frozen[name] for name in self._beside}
+            frozen = {**(own or {}), **others} or None
         rest = dict(out.training)
         key = jax.random.wrap_key_data(rest.pop("key"))
         return TrainState(params=params, frozen=frozen, key=key, **rest)

@@ -40,8 +40,9 @@ from llm_jax.train.metrics import (
     train_flops_per_token,
 )
 from llm_jax.train.profile import Window
-from llm_jax.train.program import Program, abstract_state, build, put
+from llm_jax.train.program import Program, abstract_state, build, make_loss_fn, put
 from llm_jax.train.step import readable
+from llm_jax.train.task import MakeTask, Task
 from llm_jax.train.watchdog import Watchdog
 from llm_jax.types import TrainState
 
@@ -66,6 +67,7 @@ def train(
     debug: bool = False,
     devices: Sequence[jax.Device] | None = None,
     compare: Comparison | None = None,
+    task: MakeTask | None = None,
 ) -> dict[str, Any]:
     """Runs or resumes the training that `cfg` describes in `workdir`; returns its summary.
 
@@ -73,6 +75,7 @@ def train(
     compiles nothing. `debug` runs without jit and without scan and stops at the first NaN.
     `devices` are those of the mesh (default: all). `compare` makes rows for the report from the
     config, the mesh, a device's peak FLOP/s and the summary, such as `scaling.plan.report_rows`.
+    `task` makes what is learned where it is not language modelling.
 
     Raises:
       ValueError, OSError: what the user can mend, in one line.
@@ -124,7 +127,11 @@ def train(
     mesh = sharding.make_mesh(cfg.mesh, devices)
     peak = peak_flops(mesh.local_devices[0]) * mesh.size
     with jax.set_mesh(mesh):
-        run = _Run(cfg, workdir, corpus, build(cfg, mesh), peak, compare)
+        loader = corpus.loader(cfg, *distributed.row_blocks(mesh))
+        made = task(cfg, mesh, corpus, loader) if task else Task()
+        own = make_loss_fn(cfg)
+        program = build(cfg, mesh, made.loss_fn or own, evaluates=own, beside=made.specs)
+        run = _Run(cfg, workdir, corpus, loader, program, made, peak, compare)
         if dry_run:
             return run.describe()
         environment.write(workdir, cfg, corpus.tokenizer.fingerprint(), run.loader.identity)
@@ -147,16 +154,16 @@ class _Run:
         cfg: TrainConfig,
         workdir: Path,
         corpus: Corpus,
+        loader: Any,
         program: Program,
+        task: Task,
         peak: float,
         compare: Comparison | None,
     ):
-        self.cfg, self.workdir, self.corpus, self.program = cfg, workdir, corpus, program
-        self.peak, self.compare = peak, compare
+        self.cfg, self.workdir, self.corpus, self.loader = cfg, workdir, corpus, loader
+        self.program, self.task, self.peak, self.compare = program, task, peak, compare
         self.main = distributed.is_main()
-        blocks, block_count = distributed.row_blocks(program.mesh)
-        self.loader = corpus.loader(cfg, blocks, block_count)
-        self.eval_batches = corpus.eval_batches(cfg, blocks, block_count)
+        self.eval_batches = corpus.eval_batches(cfg, *distributed.row_blocks(program.mesh))
         self.tokens_per_step = cfg.batch_size * cfg.length
         tunes = cfg.peft.method != "none"
         self.flops_per_token = train_flops_per_token(
@@ -208,18 +215,20 @@ class _Run:
             target = abstract_state(self.program)
             if cfg.peft.method != "none":  # the base is not in the checkpoint
                 target = target.replace(frozen=self._from_base(key).frozen)
+            elif others := self.task.params:  # nor are other models
+                target = target.replace(frozen={**target.frozen, **others})
             return checkpoints.restore(target, latest)
         if cfg.checkpoint.init_from:
             self._say(f"starting from the parameters of {cfg.checkpoint.init_from}")
             return self._from_base(key)
-        return self.program.init(key)
+        return self.program.init(key, self.task.params)
 
     def _from_base(self, key: jax.Array) -> TrainState:
         program = self.program
         params = base_model.load_params(
             self.cfg.checkpoint.init_from, program.specs, program.mesh, program.tuning.hold
         )
-        return program.start(params, key)
+        return program.start(params, key, self.task.params)
 
     # The loop ----------------------------------------------------------------------------------
 
@@ -233,7 +242,11 @@ class _Run:
         several = jax.process_count() > 1
         finished = self.workdir / "summary.json"
         checkpoints = Checkpoints(
-            self.workdir / "checkpoints", cfg, self.corpus.tokenizer, self.loader.identity
+            self.workdir / "checkpoints",
+            cfg,
+            self.corpus.tokenizer,
+            self.loader.identity,
+            beside=self.task.specs,
         )
         state = self.initial_state(checkpoints)
         start = int(state.step)
@@ -271,7 +284,8 @@ class _Run:
             for step in range(start + 1, cfg.steps + 1):
                 watch.mark("step", step)
                 profile.before(step)
-                batch = put(next(batches), program.mesh, cfg.accumulation)
+                rows = self.task.add(next(batches), step - 1)
+                batch = put(rows, program.mesh, cfg.accumulation)
                 state, metrics = program.step(state, batch)
                 hlo = partial(_hlo, program, state, batch)
                 if text := profile.after(step, metrics, hlo):
@@ -435,11 +449,13 @@ class _Run:
         if not cfg.sample_tokens or jax.process_count() > 1:
             return
         watch.mark("samples after step", step)
-        room = self.cfg.model.max_length if self.cfg.model.positions == "learned" else None
-        n = cfg.sample_tokens if room is None else min(cfg.sample_tokens, room - 1)
+        model, params = self.cfg.model, self.program.params(state)
+        n = cfg.sample_tokens
+        if model.positions == "learned":
+            n = min(n, models.family(model.family).room(params, model) - 1)
         outs = generate(
-            self.program.params(state),
-            self.cfg.model,
+            params,
+            model,
             self.corpus.tokenizer,
             [self.corpus.prompt(text) for text in cfg.prompts],
             max_new_tokens=n,
@@ -464,6 +480,7 @@ class _Run:
             self.program,
             corpus=self.corpus,
             evaluated=evaluated,
+            notes=self.task.notes,
             flops=self.flops_per_token * self.tokens_per_step * int(state.step),
             wall_seconds=time.perf_counter() - begin,
             active=self.main,

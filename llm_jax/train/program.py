@@ -13,13 +13,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llm_jax import models, sharding
-from llm_jax.config import TrainConfig
+from llm_jax.config import ModelConfig, TrainConfig
 from llm_jax.nn import params as nn_params
 from llm_jax.objectives import likelihood
 from llm_jax.train import distributed
 from llm_jax.train.optimizer import make_optimizer, state_shardings
 from llm_jax.train.step import LossFn, make_train_step, micro_batches
-from llm_jax.train.tuning import Tuning, frozen_shardings, make_tuning
+from llm_jax.train.tuning import Tuning, frozen_shardings, make_tuning, without
 from llm_jax.types import Array, Batch, Mean, PyTree, TrainState
 
 
@@ -30,25 +30,30 @@ class Program(NamedTuple):
     specs: PyTree  # of the whole model
     tuning: Tuning  # which of its parameters are trained, and what is trained beside them
     shardings: TrainState  # a NamedSharding for each leaf of the state
-    init: Callable[[Array], TrainState]  # key -> state, born sharded
-    start: Callable[[PyTree, Array], TrainState]  # (whole parameter tree, key) -> state
+    init: Callable[..., TrainState]  # (key, beside) -> state, born sharded
+    start: Callable[..., TrainState]  # (whole parameter tree, key, beside) -> state
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]  # donates the state
     evaluate: Callable[[PyTree, Batch], dict[str, Mean]]  # whole parameter tree, batch [B, ...]
     params: Callable[
         [TrainState], PyTree
     ]  # the whole tree to evaluate with: the EMA if there is one
+    beside: dict[str, PyTree]  # specs of other models whose parameters the loss sees, by name
+
+
+def penalty_scales(cfg: ModelConfig) -> dict[str, float]:
+    """The factor of each of a model's own penalties in a loss."""
+    return {
+        "router_balance": cfg.moe.balance_loss,
+        "router_z": cfg.moe.z_loss,
+        "router_bias": 1.0,  # its value is 0; the optimizer reads the sign of its gradient alone
+    }
 
 
 def make_loss_fn(cfg: TrainConfig) -> LossFn:
     """Causal language modelling: cross-entropy of the model family's scores."""
     model = models.family(cfg.model.family)
     want = likelihood.wanted(cfg.label_smoothing)
-    moe = cfg.model.moe
-    penalties = {
-        "router_balance": moe.balance_loss,
-        "router_z": moe.z_loss,
-        "router_bias": 1.0,  # its value is 0; the optimizer reads the sign of its gradient alone
-    }
+    penalties = penalty_scales(cfg.model)
 
     def loss_fn(params: PyTree, batch: Batch, carry: PyTree, keys: Array | None):
         scores = model.scores(params, batch, cfg.model, rng=keys, want=want)
@@ -64,18 +69,32 @@ def make_loss_fn(cfg: TrainConfig) -> LossFn:
     return loss_fn
 
 
-def build(cfg: TrainConfig, mesh: Mesh, loss_fn: LossFn | None = None) -> Program:
-    """The program of a frozen config on a mesh (an AbstractMesh will do for lowering)."""
+def build(
+    cfg: TrainConfig,
+    mesh: Mesh,
+    loss_fn: LossFn | None = None,
+    *,
+    evaluates: LossFn | None = None,
+    beside: dict[str, PyTree] | None = None,
+) -> Program:
+    """The program of a frozen config on a mesh (an AbstractMesh will do for lowering).
+
+    `loss_fn` is what is trained on (default: `make_loss_fn`), `evaluates` what evaluation measures
+    (default: the same). `beside` has the specs of other models (a teacher): their parameters, given
+    to `init` or `start`, ride in the state's frozen part, and `loss_fn` finds them in the parameter
+    tree under their names. Nothing else sees them: neither evaluation, nor checkpoints.
+    """
     sharding.check_divisible(cfg, dict(mesh.shape))
     model = models.family(cfg.model.family)
     specs = model.specs(cfg.model)
     tuning = make_tuning(cfg, specs)
     optimizer = make_optimizer(cfg.optimizer, cfg.steps, tuning.trained, cfg.model.moe.bias_rate)
-    loss_fn = loss_fn or make_loss_fn(cfg)
+    loss_fn, beside = loss_fn or make_loss_fn(cfg), beside or {}
     replicated = NamedSharding(mesh, PartitionSpec())
 
-    def start(params: PyTree, key: Array) -> TrainState:
+    def start(params: PyTree, key: Array, others: dict[str, PyTree] | None = None) -> TrainState:
         params, frozen = tuning.split(params, jax.random.fold_in(key, 1))
+        frozen = {**(frozen or {}), **(others or {})} or None
         return TrainState(
             step=jnp.int32(0),
             key=key,
@@ -95,18 +114,26 @@ def build(cfg: TrainConfig, mesh: Mesh, loss_fn: LossFn | None = None) -> Progra
         step=replicated,
         key=replicated,
         params=cut,
-        frozen=frozen and frozen_shardings(frozen, specs, mesh),
+        frozen={
+            **frozen_shardings(frozen or {}, specs, mesh),
+            **{name: nn_params.shardings(tree, mesh) for name, tree in beside.items()},
+        }
+        or None,
         opt_state=state_shardings(optimizer, tuning.trained, mesh),
         ema=cut if cfg.optimizer.ema_decay else None,
         carry=None,
         bad_steps=replicated,
     )
 
-    def init(key: Array) -> TrainState:
-        return start(nn_params.init(specs, jax.random.fold_in(key, 0)), key)
+    def init(key: Array, others: dict[str, PyTree] | None = None) -> TrainState:
+        return start(nn_params.init(specs, jax.random.fold_in(key, 0)), key, others)
 
     def evaluate(params: PyTree, batch: Batch) -> dict[str, Mean]:
-        return loss_fn(params, batch, None, None)[0].metrics
+        return (evaluates or loss_fn)(params, batch, None, None)[0].metrics
+
+    def join(params: PyTree, frozen: PyTree | None) -> PyTree:
+        others = {name: frozen[name] for name in beside}
+        return {**tuning.join(params, without(frozen, beside)), **others}
 
     cast = partial(model.cast, dtype=cfg.model.dtype)
     return Program(
@@ -117,22 +144,24 @@ def build(cfg: TrainConfig, mesh: Mesh, loss_fn: LossFn | None = None) -> Progra
         init=jax.jit(init, out_shardings=shardings),
         start=jax.jit(start, out_shardings=shardings),
         step=jax.jit(
-            make_train_step(loss_fn, optimizer, cfg, cast, tuning.join),
+            make_train_step(loss_fn, optimizer, cfg, cast, join),
             in_shardings=(shardings, None),
             out_shardings=(shardings, replicated),
             donate_argnums=0,
         ),
         evaluate=jax.jit(evaluate, out_shardings=replicated),
         params=lambda state: tuning.join(
-            state.params if state.ema is None else state.ema, state.frozen
+            state.params if state.ema is None else state.ema, without(state.frozen, beside)
         ),
+        beside=beside,
     )
 
 
 def abstract_state(program: Program) -> TrainState:
     """ShapeDtypeStructs of the state with their shardings; what a restore aims at."""
     # No key is made: the mesh's devices may not exist (compiling ahead of time).
-    shapes = jax.eval_shape(lambda: program.init(jax.random.key(0)))
+    others = {name: nn_params.abstract(tree) for name, tree in program.beside.items()}
+    shapes = jax.eval_shape(lambda others: program.init(jax.random.key(0), others), others)
     return jax.tree.map(
         lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, program.shardings
     )

@@ -50,6 +50,7 @@ def write(
     *,
     corpus: Any,
     evaluated: dict[str, float],
+    notes: dict[str, Any],
     flops: float,
     wall_seconds: float,
     active: bool = True,
@@ -57,7 +58,8 @@ def write(
 ) -> dict[str, Any]:
     """Writes both from metrics.jsonl; returns the summary. Losses are in nats a token.
 
-    `compare` makes rows of a table from the summary: predicted against measured.
+    `notes` are further rows of the summary. `compare` makes rows of a table from the summary:
+    predicted against measured.
     """
     if not active:
         return {}
@@ -87,6 +89,7 @@ def write(
         "mfu": statistics.median(mfu),
         "wall_seconds": wall_seconds,
         "peak_memory_bytes": peak_memory(),
+        **notes,
     }
     (workdir / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
     write_report(workdir, cfg, result, metrics, corpus, compare(result) if compare else [])

@@ -5,7 +5,7 @@ trained arrays are few and new, and the frozen ones are the base model, perhaps 
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -16,11 +16,11 @@ from llm_jax.config import OptimizerConfig, PeftConfig, TrainConfig
 from llm_jax.nn import params as nn_params
 from llm_jax.nn.params import flatten, unflatten
 from llm_jax.nn.weights import is_weight
-from llm_jax.peft import lora, quantization
+from llm_jax.peft import adapters, lora, prompts, quantization
 from llm_jax.train.optimizer import merge, partition
 from llm_jax.types import Array, PyTree
 
-METHODS = {"lora": lora}
+METHODS = {"lora": lora, "adapter": adapters, "prompt": prompts, "prefix": prompts}
 
 
 class Tuning(NamedTuple):
@@ -97,6 +97,11 @@ def _scheme(cfg: PeftConfig) -> quantization.Scheme | None:
         case "int8":
             return quantization.parse("int8-channel")
     return None
+
+
+def without(frozen: PyTree | None, names: Iterable[str]) -> PyTree | None:
+    """The model's own frozen part: that of a state without the other models in it."""
+    return {name: part for name, part in (frozen or {}).items() if name not in names} or None
 
 
 def frozen_shardings(frozen: PyTree, specs: PyTree, mesh: jax.sharding.Mesh) -> PyTree:

@@ -1,6 +1,7 @@
 """A student learns from a teacher that is itself left alone."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -14,7 +15,12 @@ import llm_jax
 from llm_jax import config as configs
 from llm_jax import models, sharding
 from llm_jax.compression import distill
-from llm_jax.compression.teacher import Teacher, check_tokenizer, prepare_top_k
+from llm_jax.compression.teacher import (
+    Teacher,
+    check_tokenizer,
+    check_vocabulary,
+    prepare_top_k,
+)
 from llm_jax.config.tuning import DistillConfig
 from llm_jax.nn import params as nn_params
 from llm_jax.tokenizers import simple
@@ -43,11 +49,15 @@ def run(cfg, settings, teacher, batches, devices=1):
     """The state after a step on each batch, the program, and the steps' metrics."""
     mesh = sharding.make_mesh(cfg.mesh, jax.devices()[:devices])
     with jax.set_mesh(mesh):
-        made = distill.build(cfg, mesh, settings, teacher)
-        state, seen = made.init(jax.random.key(0)), []
-        if not settings.top_k:
-            params = jax.device_put(teacher.params, made.shardings.frozen[distill.TEACHER])
-            state = distill.with_teacher(state, jax.tree.map(jnp.copy, params))  # it is donated
+        if settings.top_k:
+            loss, beside, others = distill.make_top_k_loss(cfg, settings), {}, {}
+        else:
+            loss = distill.make_online_loss(cfg, settings, teacher.cfg)
+            beside = {distill.TEACHER: teacher.specs}
+            others = {distill.TEACHER: jax.tree.map(jnp.copy, teacher.params)}  # it is donated
+        own = program.make_loss_fn(cfg)
+        made = program.build(cfg, mesh, loss, evaluates=own, beside=beside)
+        state, seen = made.init(jax.random.key(0), others), []
         for batch in batches:
             state, metrics = made.step(state, program.put(batch, mesh, cfg.accumulation))
             seen.append(jax.device_get(metrics))
@@ -115,17 +125,15 @@ def test_the_whole_vocabulary_on_disk_is_the_teacher_in_the_step(teacher, online
     assert state.frozen.keys() == {"final_norm"}  # the teacher is not in memory
 
 
-def test_another_vocabulary_and_bad_numbers_are_named(teacher):
-    cfg, mesh = small_student(), sharding.make_mesh(configs.MeshConfig(), jax.devices()[:1])
-    other = teacher._replace(cfg=tiny_model(vocab_size=64))
+def test_another_vocabulary_and_bad_numbers_are_named():
+    cfg = small_student()
     with pytest.raises(ValueError, match=r"64 tokens .* 53; .*tokenizer\.path"):
-        distill.build(cfg, mesh, DistillConfig(), other)
+        check_vocabulary(tiny_model(vocab_size=64), cfg.model)
     for key, value in [("alpha", 1.5), ("temperature", 0.0), ("top_k", -1)]:
         with pytest.raises(ValueError, match=f"--{key}={value}"):
-            distill.build(cfg, mesh, DistillConfig(**{key: value}), teacher)
+            distill.check(cfg, DistillConfig(**{key: value}))
     with pytest.raises(ValueError, match="label_smoothing"):
-        smooth = small_student(label_smoothing=0.1)
-        distill.build(smooth, mesh, DistillConfig(), teacher)
+        distill.check(small_student(label_smoothing=0.1), DistillConfig())
     byte, words = simple.train_bytes(), simple.train_words(["a b"], vocab_size=10)
     with pytest.raises(ValueError, match="differ; leave tokenizer"):
         check_tokenizer(byte, words)
@@ -189,17 +197,28 @@ def teacher_run(tmp_path_factory):
 
 @pytest.mark.parametrize("top_k", [0, 5])
 def test_a_run_leaves_a_student_that_loads(corpus, teacher_run, tmp_path, top_k):
-    changes = {"steps": 2, "optimizer.warmup_steps": 0, "model.d_model": 16, "model.n_layers": 1}
-    cfg = run_config(corpus, **changes)
-    cfg.tokenizer.kind = "character"  # of no effect: the teacher's is taken
-    summary = distill.train(cfg, DistillConfig(top_k=top_k), teacher_run, tmp_path / "student")
-    assert summary["eval_loss"] < summary["eval_loss_before"]
+    changes = {"steps": 4, "optimizer.warmup_steps": 0, "model.d_model": 16, "model.n_layers": 1}
+    changes |= {"eval.sample_tokens": 0, "eval.at_start": True, "checkpoint.every": 2}
+
+    def run():
+        cfg = run_config(corpus, **changes)
+        cfg.tokenizer.kind = "character"  # of no effect: the teacher's is taken
+        settings = DistillConfig(top_k=top_k)
+        return distill.train(cfg, settings, teacher_run, tmp_path / "student")
+
+    summary = run()
+    assert summary["eval_loss"] < summary["eval_loss_at_start"]
+    assert summary["teacher_eval_loss"] > 0 and summary["teacher_params"] > summary["params"]
+    saved = checkpoint._metadata(tmp_path / "student/checkpoints", 4)
+    assert distill.TEACHER not in saved
     loaded = llm_jax.load(tmp_path / "student")
     assert loaded.tokenizer.fingerprint() == checkpoint.load_tokenizer(teacher_run).fingerprint()
     assert loaded.config.model.d_model == 16
     lines = [
         json.loads(x) for x in Path(tmp_path / "student/metrics.jsonl").read_text().split("\n")[:-1]
     ]
-    assert [x["step"] for x in lines] == [1, 2] and all(x["divergence"] > 0 for x in lines)
-    with pytest.raises(ValueError, match="holds a run already"):
-        distill.train(cfg, DistillConfig(), teacher_run, tmp_path / "student")
+    assert [x["step"] for x in lines] == [0, 1, 2, 3, 4]
+    assert all(x["divergence"] > 0 for x in lines[1:])
+    # A run that was stopped goes on, teacher and all.
+    shutil.rmtree(tmp_path / "student/checkpoints/4")
+    assert run()["eval_loss"] == summary["eval_loss"]

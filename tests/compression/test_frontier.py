@@ -37,7 +37,7 @@ def test_compress_measures_reports_and_marks(model, tmp_path):
         ids=np.array(model.tokenizer.encode(TEXT * 4)), steps=10, length=16, learning_rate=1e-2
     )
     options = frontier.Options(
-        texts=[TEXT], source="a fox", window=32, decode_tokens=4, int8_cache=True, training=training
+        texts=[TEXT], source="a fox", window=32, decode_tokens=4, training=training
     )
     trees = {}
     points = frontier.measure(
@@ -49,7 +49,7 @@ def test_compress_measures_reports_and_marks(model, tmp_path):
         done=lambda point, made: trees.update({point.scheme: made.params}),
     )
     by_name = {p.scheme: p for p in points}
-    assert list(by_name) == [n + tail for n in ("float32", *names) for tail in ("", "+int8-cache")]
+    assert list(by_name) == ["float32", *names]
     base = by_name["float32"]
     assert base.nbytes == 4 * sum(x.size for x in flatten(model.params).values())
     matrices = sum(x.size for p, x in flatten(model.params).items() if p.endswith("/w"))
@@ -67,8 +67,6 @@ def test_compress_measures_reports_and_marks(model, tmp_path):
     for path, w in flatten(trees["retrain-50"]).items():
         if path.endswith("/w"):
             assert float((w == 0).mean()) == 0.5
-    cached = by_name["float32+int8-cache"].perplexity / base.perplexity - 1
-    assert 0 < abs(cached) < 0.005
     assert all(p.tokens_per_second > 0 for p in points)
 
     report = frontier.write(points, str(tmp_path), "tiny", options, ["python", "-m", "x"])
@@ -79,6 +77,14 @@ def test_compress_measures_reports_and_marks(model, tmp_path):
         "quality_size.png",
         "quality_speed.png",
     }
+
+
+def test_each_scheme_is_also_measured_with_an_int8_cache(model):
+    options = frontier.Options(texts=[TEXT], window=32, decode_tokens=0, int8_cache=True)
+    plain, cached = frontier.measure([], model.config, model.params, model.tokenizer, options)
+    assert cached.scheme == "float32+int8-cache" and cached.nbytes == plain.nbytes
+    assert 0 < abs(cached.perplexity / plain.perplexity - 1) < 0.005
+    assert plain.tokens_per_second is None
 
 
 def test_through_the_plain_cache_is_the_usual_perplexity(model):

@@ -149,7 +149,9 @@ def test_accumulation_is_one_big_batch(reference):
 
 def test_a_strong_pull_stays_near_the_start_of_a_given_model():
     def distance(pull):
-        cfg = tiny_train(steps=8, **ONE, **{"optimizer.l2_to_start": pull, "optimizer.weight_decay": 0.0})
+        cfg = tiny_train(
+            steps=8, **ONE, **{"optimizer.l2_to_start": pull, "optimizer.weight_decay": 0.0}
+        )
         given = run(tiny_train(**ONE, seed=3), steps=1)[2].params
 
         def batch(step):

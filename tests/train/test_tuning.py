@@ -24,6 +24,7 @@ from llm_jax.train.metrics import train_flops_per_token
 from llm_jax.train.program import build, put
 from llm_jax.train.tuning import make_tuning
 
+BOTTLENECK = ("down", "down_bias", "up", "up_bias")
 LORA = {"peft.method": "lora", "peft.rank": 4, "optimizer.ema_decay": 0.0}
 
 
@@ -99,6 +100,28 @@ def test_a_quantised_base(corpus, base, tmp_path):
     assert is_weight(leaf.base)
     floats = [x for x in jax.tree.leaves(leaf.base) if x.ndim > 2 and x.dtype == np.float32]
     assert not floats, "the base is held quantised"
+
+
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        ("adapter", {f"layers/{m}/w/{n}" for m in ("attn/o", "mlp/down") for n in BOTTLENECK}),
+        ("prompt", {"prefix/embeddings"}),
+        ("prefix", {"prefix/k", "prefix/v"}),
+    ],
+)
+def test_other_methods_train_save_and_load(corpus, base, tmp_path, method, names):
+    changes = {"peft.method": method, "peft.tokens": 4, "eval.at_start": True}
+    summary = tune(corpus, base, tmp_path / "run", **changes, **{"eval.sample_tokens": 4})
+    assert summary["eval_loss"] < summary["eval_loss_at_start"]
+    saved = flatten(checkpoint._metadata(tmp_path / "run" / "checkpoints", 12))
+    assert set(saved) == names
+    model = llm_jax.load(tmp_path / "run")
+    loss = -np.mean([p.sum() for p in model.log_probs(["the quick brown fox"])])
+    plain = -np.mean([p.sum() for p in llm_jax.load(base).log_probs(["the quick brown fox"])])
+    assert loss != plain and len(model.generate(["the"], max_new_tokens=4)) == 1
+    with pytest.raises(ValueError, match="merge|no parameter of the model can stand for|added"):
+        model.merged()
 
 
 def test_parameters_trained_whole_beside_it(corpus, base, tmp_path):

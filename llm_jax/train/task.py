@@ -1,0 +1,35 @@
+"""What a run learns where it is not to model language alone: a hook for distillation and its like."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from llm_jax.config import TrainConfig
+from llm_jax.data.prepare import Corpus
+from llm_jax.train.step import LossFn
+from llm_jax.types import Batch, PyTree
+
+
+@dataclass(frozen=True)
+class Task:
+    """What differs from language modelling; evaluation stays the model's own cross-entropy.
+
+    Attributes:
+      loss_fn: what is trained on; None: cross-entropy.
+      specs, params: of other models that `loss_fn` finds in the parameter tree, by name. They are
+        not trained and not saved.
+      add: (batch of this process, step from 0) -> the batch with what else `loss_fn` needs of it.
+      notes: rows for the summary.
+    """
+
+    loss_fn: LossFn | None = None
+    specs: dict[str, PyTree] = field(default_factory=dict)
+    params: dict[str, PyTree] = field(default_factory=dict)
+    add: Callable[[Batch, int], Batch] = lambda batch, step: batch
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+# (frozen config, mesh, data, its loader) -> the task, once all of these are there
+MakeTask = Callable[[TrainConfig, jax.sharding.Mesh, Corpus, Any], Task]
