@@ -9,22 +9,18 @@ python -m experiments.distill --teacher=model.gguf --config=configs/quickstart.p
 from absl import flags
 
 from experiments import cli
+from experiments.training import Training
 
-_CONFIG = cli.define_config()
+_TRAINING = Training(
+    example="configs/quickstart.py",
+    data="training text, or conversations with such a recipe",
+    init_from="the student goes on from this model; default: fresh parameters",
+)
 _TEACHER = flags.DEFINE_string(
     "teacher",
     None,
     "the larger model: run directory, step folder, Hugging Face folder, .gguf or .bin file",
     required=True,
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "the student's run directory; made if absent, resumed if not", required=True
-)
-_INPUT = flags.DEFINE_list(
-    "input", [], "training text: files, folders, globs, hf:NAME; replaces the recipe's data"
-)
-_INIT_FROM = flags.DEFINE_string(
-    "init_from", None, "the student goes on from this model; default: fresh parameters"
 )
 _ALPHA = flags.DEFINE_float("alpha", 0.5, "share of the divergence in the loss, 0 to 1")
 _TEMPERATURE = flags.DEFINE_float("temperature", 2.0, "of both distributions")
@@ -44,28 +40,13 @@ _TOP_K = flags.DEFINE_integer(
 )
 
 
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "prepare the data, print what would run, and stop")
-_JOB = cli.define_distributed()
-
-
 def main(argv: list[str]) -> None:
     del argv
-    if _CONFIG.value is None:
-        raise ValueError("--config is needed, for example --config=configs/quickstart.py")
-    cfg = _CONFIG.value
-    if _INPUT.value:
-        cfg.data.inputs, cfg.data.sources = tuple(_INPUT.value), ()
-    if _INIT_FROM.value:
-        from llm_jax.train import base_model
+    cfg = _TRAINING.config()
 
-        base_model.adopt(cfg, _INIT_FROM.value)
-    from llm_jax.train import xla_flags
-
-    xla_flags.configure(cfg.log)
-    with _JOB():
+    def train(workdir: str, **options) -> dict:
         from llm_jax.compression import distill
         from llm_jax.config.tuning import DistillConfig
-        from llm_jax.train import distributed
 
         settings = DistillConfig(
             alpha=_ALPHA.value,
@@ -74,10 +55,9 @@ def main(argv: list[str]) -> None:
             beta=_BETA.value,
             top_k=_TOP_K.value,
         )
-        options = {"dry_run": _DRY_RUN.value}
-        summary = distill.train(cfg, settings, _TEACHER.value, _WORKDIR.value, **options)
-        if distributed.is_main() and not _DRY_RUN.value:
-            cli.show_run(summary, _WORKDIR.value)
+        return distill.train(cfg, settings, _TEACHER.value, workdir, **options)
+
+    _TRAINING.run(cfg, train)
 
 
 if __name__ == "__main__":

@@ -10,67 +10,33 @@ On many machines the same command runs on each of them: experiments/launch, docs
 from absl import flags
 
 from experiments import cli
+from experiments.training import Training
 
-_CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "run directory; made if absent, resumed if not", required=True
+_TRAINING = Training(
+    example="configs/quickstart.py",
+    data="training text",
+    init_from="go on from this model, with its architecture and tokenizer: a run, a Hugging Face "
+    "folder, a .gguf file",
 )
-_INPUT = flags.DEFINE_list(
-    "input", [], "training text: files, folders, globs, hf:NAME; replaces the recipe's data"
-)
-_EVAL_INPUT = flags.DEFINE_list(
-    "eval_input", [], "held-out text; default: the last 10 % of the input"
-)
-_INIT_FROM = flags.DEFINE_string(
-    "init_from",
-    None,
-    "go on from this model, with its architecture and tokenizer: a run, a Hugging Face folder, a "
-    ".gguf file",
-)
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "prepare the data, print what would run, and stop")
-_JOB = cli.define_distributed()
 _PROFILE = flags.DEFINE_integer(
     "profile", 0, "profile so many steps after the first ten: WORKDIR/profile, and a table"
 )
-_DEBUG = flags.DEFINE_bool("debug", False, "no jit, no scan, stop at the first NaN")
 
 
 def main(argv: list[str]) -> None:
     del argv
-    if _CONFIG.value is None:
-        raise ValueError("--config is needed, for example --config=configs/quickstart.py")
-    cfg = _CONFIG.value
-    if _INPUT.value:
-        cfg.data.inputs, cfg.data.sources = tuple(_INPUT.value), ()
-    if _EVAL_INPUT.value:
-        cfg.data.eval_inputs = tuple(_EVAL_INPUT.value)
-
-    if _INIT_FROM.value:
-        from llm_jax.train import base_model
-
-        base_model.adopt(cfg, _INIT_FROM.value)
-
+    cfg = _TRAINING.config()
     if _PROFILE.value:
         cfg.log.profile_start = cfg.log.profile_start or 10
         cfg.log.profile_steps = _PROFILE.value
 
-    from llm_jax.train import xla_flags
-
-    xla_flags.configure(cfg.log)
-    with _JOB():
+    def train(workdir: str, **options) -> dict:
         from llm_jax.scaling.plan import report_rows
-        from llm_jax.train import distributed
-        from llm_jax.train.loop import train
+        from llm_jax.train import loop
 
-        summary = train(
-            cfg,
-            _WORKDIR.value,
-            dry_run=_DRY_RUN.value,
-            debug=_DEBUG.value,
-            compare=report_rows,
-        )
-        if distributed.is_main() and not _DRY_RUN.value:
-            cli.show_run(summary, _WORKDIR.value)
+        return loop.train(cfg, workdir, compare=report_rows, **options)
+
+    _TRAINING.run(cfg, train)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,8 @@ def cache_bytes(cfg: TrainConfig, mesh: AbstractMesh, rows: int, length: int) ->
     cut = sharding.named(axes, mesh)
     shapes = attention.cache_specs(cfg.model, rows, length).values()
     itemsize = 2 if cfg.model.dtype == "bfloat16" else 4
+    if cfg.model.cache_dtype == "int8":
+        itemsize = 1 + 4 / cfg.model.head_dim  # a code, and its share of a float32 scale
     try:
         return sum(math.prod(cut.shard_shape(shape)) for shape in shapes) * itemsize
     except ValueError:

@@ -24,7 +24,6 @@ import numpy as np
 from llm_jax import config as configs
 from llm_jax import models
 from llm_jax.config import TrainConfig
-from llm_jax.data import loader as data_loader
 from llm_jax.data.prepare import Corpus
 from llm_jax.eval import likelihood
 from llm_jax.nn import taps
@@ -94,19 +93,10 @@ class Outcome:
 def measure(base: TrainConfig, corpus: Corpus, key: tuple[str, int, float, int]) -> Outcome:
     """Trains and evaluates one (parametrization, width, learning rate, seed)."""
     parametrization, width, rate, seed = key
-    tokenizer = corpus.tokenizer
     changes = {"optimizer.learning_rate": rate, "seed": seed}
-    cfg = at_width(base, width, parametrization, vocab_size=tokenizer.vocab_size, **changes)
-    trained = in_memory.train(cfg, _loader(cfg, corpus).batch)
-    batches = data_loader.eval_batches(
-        corpus.evaluation,
-        length=cfg.length,
-        batch_size=cfg.eval.batch_size or cfg.batch_size,
-        packing=cfg.data.packing,
-        isolate_documents=cfg.data.isolate_documents,
-        rows=cfg.eval.rows,
-        token_lengths=tokenizer.token_lengths(),
-    )
+    cfg = at_width(base, width, parametrization, vocab_size=corpus.tokenizer.vocab_size, **changes)
+    trained = in_memory.train(cfg, corpus.loader(cfg).batch)
+    batches = corpus.eval_batches(cfg)
     with jax.set_mesh(trained.program.mesh):
         found = likelihood.evaluate(trained.program.evaluate, trained.params, batches)
     loss = found["eval_loss"]
@@ -296,14 +286,7 @@ def growth(rows: Sequence[dict[str, Any]], value: str = "change") -> dict[tuple[
 def _moves(cfg: TrainConfig, corpus: Corpus) -> dict[tuple[int, str], tuple[float, float]]:
     """{(step, where): (size, change)} of one short training run."""
     model = models.family(cfg.model.family)
-    held_out = data_loader.eval_batches(
-        corpus.evaluation,
-        length=cfg.length,
-        batch_size=cfg.batch_size,
-        packing=cfg.data.packing,
-        isolate_documents=cfg.data.isolate_documents,
-        token_lengths=corpus.tokenizer.token_lengths(),
-    )[0]
+    held_out = corpus.eval_batches(cfg)[0]
 
     def logits(params: PyTree, batch: Batch) -> jax.Array:
         return model.logits(params, model.hidden(params, batch, cfg.model).x, cfg.model)
@@ -330,19 +313,5 @@ def _moves(cfg: TrainConfig, corpus: Corpus) -> dict[tuple[int, str], tuple[floa
         for where, value in now.items():
             moves[step, where] = rms(value), rms(value - first[where])
 
-    in_memory.train(cfg, _loader(cfg, corpus).batch, watch=watch)
+    in_memory.train(cfg, corpus.loader(cfg).batch, watch=watch)
     return moves
-
-
-def _loader(cfg: TrainConfig, corpus: Corpus) -> data_loader.Loader:
-    return data_loader.make_loader(
-        corpus.train,
-        length=cfg.length,
-        batch_size=cfg.batch_size,
-        steps=cfg.steps,
-        packing=cfg.data.packing,
-        isolate_documents=cfg.data.isolate_documents,
-        seed=cfg.seed,
-        token_lengths=corpus.tokenizer.token_lengths(),
-        shuffle=cfg.data.shuffle,
-    )
