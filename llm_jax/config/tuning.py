@@ -18,6 +18,10 @@ class PeftConfig(Config):
     rank_stabilized: bool = False  # the latter (Kalajdzievski 2023)
     dropout: float = 0.0  # of a LoRA's or an adapter's input
     tokens: int = 20  # virtual tokens of a prompt or prefix
+    # What a prompt or prefix starts as, repeated to fill its tokens; "": rows of the vocabulary at
+    # random (prompt), noise (prefix).
+    start_text: str = ""
+    start_ids: tuple = ()  # its tokens, filled in by a run
     also: tuple = ()  # patterns of the model's own parameters that are trained whole beside them
     base: str = "float"  # how frozen matrices are held: float | int8 (by channel) | nf4 (QLoRA)
     base_block: int = 64  # nf4: weights that share a constant

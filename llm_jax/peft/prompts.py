@@ -37,8 +37,11 @@ def specs(base_specs: PyTree, cfg: PeftConfig) -> PyTree:
 
 
 def start(base: PyTree, trained: PyTree, key: Array, cfg: PeftConfig) -> PyTree:
-    """First values: a prompt is rows of the vocabulary drawn at random, without repetition where
-    there are enough; a prefix is small noise."""
+    """First values: a prompt is the embeddings of `cfg.start_ids`, over and over, or without them
+    rows of the vocabulary drawn at random, without repetition where there are enough; a prefix is
+    small noise."""
+    if cfg.start_ids:
+        return from_tokens(base, jnp.resize(jnp.array(cfg.start_ids), (cfg.tokens,)))
     if cfg.method == "prefix":
         keys = dict(zip(("k", "v"), jax.random.split(key), strict=True))
         spec = trained["prefix"]
@@ -50,7 +53,7 @@ def start(base: PyTree, trained: PyTree, key: Array, cfg: PeftConfig) -> PyTree:
 
 def from_tokens(base: PyTree, ids: Array) -> PyTree:
     """A prompt [n, D] of the embeddings of given tokens; a prefix that stands for the same tokens
-    is `decoder.prefix_of` of the tree that it is attached to."""
+    is the model family's `prefix_of` of the tree that it is attached to."""
     rows_nxD = weights.rows(base["embed"]["tokens"], jnp.asarray(ids, jnp.int32))
     return {"prefix": {"embeddings": rows_nxD.astype(jnp.float32)}}
 

@@ -18,6 +18,8 @@ def prepare(cfg: TrainConfig, workdir: Path) -> Corpus:
     # What ends an answer goes with the model: `Model.chat` needs it too.
     cfg.tokenizer.end_tokens = tuple(dict.fromkeys([*cfg.tokenizer.end_tokens, *data.end_tokens]))
     cfg.tokenizer.stop = tuple(dict.fromkeys([*cfg.tokenizer.stop, *data.stop]))
+    if cfg.peft.start_text:
+        cfg.peft.start_ids = tuple(int(i) for i in data.tokenizer.encode(cfg.peft.start_text))
     if cfg.epochs:
         rows = sum(data.loader(cfg).epoch_rows.values())
         cfg.steps = max(round(cfg.epochs * rows / cfg.batch_size), 1)

@@ -10,6 +10,7 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from llm_jax import models, sharding
 from llm_jax.config import OptimizerConfig, PeftConfig, TrainConfig
@@ -78,6 +79,10 @@ def make_tuning(cfg: TrainConfig, specs: PyTree) -> Tuning:
             trained = method.start(params, new, key, cfg.peft)
         else:
             trained = nn_params.init(new, key)
+        if cfg.peft.method == "prefix" and cfg.peft.start_ids:
+            asked = {**params, **trained}  # a prompt still
+            trained = {"prefix": models.family(cfg.model.family).prefix_of(asked, cfg.model)}
+            trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
         return unflatten({**flatten(trained), **own}), unflatten(base)
 
     def join(trained: PyTree, frozen: PyTree) -> PyTree:

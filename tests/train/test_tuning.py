@@ -134,6 +134,19 @@ def test_parameters_trained_whole_beside_it(corpus, base, tmp_path):
     assert float(abs(was - now).max()) > 0 and summary["bits_per_byte"] > 0
 
 
+def test_a_prompt_and_a_prefix_that_start_as_a_text_are_that_text(corpus, base, tmp_path):
+    """Before a step they change the texts behind them as the text itself in front would."""
+    plain = llm_jax.load(base)
+    ids = np.array([plain.tokenizer.encode("dogcat the fox")])
+    want = np.asarray(plain.logits(ids))[:, 6:]
+    for method in ("prompt", "prefix"):
+        changes = {"peft.method": method, "peft.tokens": 6, "peft.start_text": "dogcat"}
+        changes |= {"steps": 1, "optimizer.learning_rate": 0.0, "optimizer.warmup_steps": 0}
+        tune(corpus, base, tmp_path / method, **changes)
+        got = llm_jax.load(tmp_path / method).logits(ids[:, 6:])
+        np.testing.assert_allclose(got, want, atol=2e-5)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
