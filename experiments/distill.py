@@ -9,9 +9,8 @@ python -m experiments.distill --teacher=model.gguf --config=configs/quickstart.p
 from absl import flags
 
 from experiments import cli
-from experiments.training import Training
 
-_TRAINING = Training(
+_TRAINING = cli.Training(
     example="configs/quickstart.py",
     data="training text, or conversations with such a recipe",
     init_from="the student goes on from this model; default: fresh parameters",

@@ -10,9 +10,8 @@ On many machines the same command runs on each of them: experiments/launch, docs
 from absl import flags
 
 from experiments import cli
-from experiments.training import Training
 
-_TRAINING = Training(
+_TRAINING = cli.Training(
     example="configs/quickstart.py",
     data="training text",
     init_from="go on from this model, with its architecture and tokenizer: a run, a Hugging Face "

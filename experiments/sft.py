@@ -7,9 +7,8 @@
 """
 
 from experiments import cli
-from experiments.training import Training
 
-_TRAINING = Training(
+_TRAINING = cli.Training(
     example="configs/sft_embedded.py",
     data="conversations (.json, .jsonl: Alpaca, prompt / completion, messages, ShareGPT, or "
     "embedded:questions)",

@@ -113,6 +113,7 @@ def make_task(
     if not distill.top_k:
         return Task(
             make_online_loss(cfg, distill, teacher.cfg),
+            program.make_loss_fn(cfg),
             specs={TEACHER: teacher.specs},
             params={TEACHER: teacher.params},
             notes=notes,
@@ -124,7 +125,7 @@ def make_task(
     folder = Path(corpus.directory) / "teacher"
     kept = prepare_top_k(teacher, loader, cfg, mesh, distill.top_k, folder)
     notes["top_k_folder"] = str(kept.folder)
-    return Task(make_top_k_loss(cfg, distill), add=kept.add, notes=notes)
+    return Task(make_top_k_loss(cfg, distill), program.make_loss_fn(cfg), add=kept.add, notes=notes)
 
 
 def check(cfg: TrainConfig, distill: DistillConfig) -> None:

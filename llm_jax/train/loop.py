@@ -40,7 +40,7 @@ from llm_jax.train.metrics import (
     train_flops_per_token,
 )
 from llm_jax.train.profile import Window
-from llm_jax.train.program import Program, abstract_state, build, make_loss_fn, put
+from llm_jax.train.program import Program, abstract_state, build, put
 from llm_jax.train.step import readable
 from llm_jax.train.task import MakeTask, Task
 from llm_jax.train.watchdog import Watchdog
@@ -129,8 +129,7 @@ def train(
     with jax.set_mesh(mesh):
         loader = corpus.loader(cfg, *distributed.row_blocks(mesh))
         made = task(cfg, mesh, corpus, loader) if task else Task()
-        own = make_loss_fn(cfg)
-        program = build(cfg, mesh, made.loss_fn or own, evaluates=own, beside=made.specs)
+        program = build(cfg, mesh, made.loss_fn, evaluates=made.evaluates, beside=made.specs)
         run = _Run(cfg, workdir, corpus, loader, program, made, peak, compare)
         if dry_run:
             return run.describe()

@@ -14,10 +14,11 @@ from llm_jax.types import Batch, PyTree
 
 @dataclass(frozen=True)
 class Task:
-    """What differs from language modelling; evaluation stays the model's own cross-entropy.
+    """What differs from language modelling.
 
     Attributes:
       loss_fn: what is trained on; None: cross-entropy.
+      evaluates: what evaluation measures; None: the same.
       specs, params: of other models that `loss_fn` finds in the parameter tree, by name. They are
         not trained and not saved.
       add: (batch of this process, step from 0) -> the batch with what else `loss_fn` needs of it.
@@ -25,6 +26,7 @@ class Task:
     """
 
     loss_fn: LossFn | None = None
+    evaluates: LossFn | None = None
     specs: dict[str, PyTree] = field(default_factory=dict)
     params: dict[str, PyTree] = field(default_factory=dict)
     add: Callable[[Batch, int], Batch] = lambda batch, step: batch
