@@ -31,6 +31,7 @@ class SourceConfig(Config):
 
     name: str = ""
     inputs: tuple = ()  # files, folders, globs, hf:NAME, embedded:NAME
+    text: bool = False  # among dialogues: plain text, every token of which is trained (replay)
     # (fraction of training, weight) points, linear in between; annealing on a better mix at the
     # end is ((0, 1), (0.9, 1), (1, 4)).
     weights: tuple = ((0.0, 1.0),)

@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 
 from llm_jax import tokenizers
-from llm_jax.config import DataConfig, DialogueConfig, TokenizerConfig
+from llm_jax.config import DataConfig, DialogueConfig, SourceConfig, TokenizerConfig
 from llm_jax.data import conversations, documents
 from llm_jax.data.conversations import Conversation, Rejected
 from llm_jax.data.mixture import Component
@@ -24,6 +24,7 @@ from llm_jax.data.prepare import (
     TOKENIZER,
     TRAIN,
     Corpus,
+    Texts,
     save_tokenizer,
     sources_of,
     training_options,
@@ -135,6 +136,11 @@ def prepare_dialogues(
         if tokens is None:
             raise ValueError(_nothing_to_train(counts, cfg, length))
     by_name = {part.name: tokens for part, tokens, _ in made if part.kind == TRAIN}
+    parts = [counts for *_, counts in made]
+    for source in sources_of(data):
+        if source.text:
+            by_name[source.name], counts = _replayed(source, data, used, length)
+            parts.append(counts)
     held_out = [tokens for part, tokens, _ in made if part.kind == EVAL]
     _say_once(renderer, chat_format)
     return Dialogues(
@@ -143,7 +149,7 @@ def prepare_dialogues(
         [Component(s.name, by_name[s.name], s.weights) for s in sources_of(data)],
         Tokens.concatenate(held_out) if held_out else None,
         system=cfg.system,
-        parts=[counts for *_, counts in made],
+        parts=parts,
         stop=chat_format.stop if chat_format else (),
     )
 
@@ -160,6 +166,8 @@ def _read(data: DataConfig) -> list[_Part]:
 
     found = []
     for source in sources_of(data):
+        if source.text:
+            continue
         rows, rejected = rows_of(source.inputs)
         start = len(rows)
         if data.eval_fraction and not data.eval_inputs:
@@ -352,6 +360,34 @@ def _examples(
     ids = np.concatenate(documents_).astype(dtype_of(vocab_size))
     mask = np.concatenate(masks)
     return Tokens([ids], offsets, vocab_size=vocab_size, name=name, trained=mask), refused, total
+
+
+def _replayed(
+    source: SourceConfig, data: DataConfig, tokenizer: tokenizers.Tokenizer, length: int
+) -> tuple[Tokens, dict[str, Any]]:
+    """The training part of a source of plain text, in examples of at most `length` tokens that are
+    all trained; what a text run would hold out is left out here as well."""
+    before = [tokenizer.bos_id] if data.add_bos and tokenizer.bos_id is not None else []
+    after = [tokenizer.eos_id] if data.add_eos and tokenizer.eos_id is not None else []
+    pieces = []
+    for document in Texts(data).documents(source, TRAIN):
+        ids = tokenizer.encode(document.text)
+        ids = [*(before if document.first else []), *ids, *(after if document.last else [])]
+        pieces += [ids[i : i + length] for i in range(0, len(ids), length)]
+    pieces = [ids for ids in pieces if len(ids) > 1]
+    if not pieces:
+        raise ValueError(f"data.sources: {source.name!r} has no text to train on")
+    found = Tokens.from_lists(pieces, tokenizer.vocab_size)
+    trained = np.ones(found.total, bool)
+    found = Tokens(
+        found.shards,
+        found.offsets,
+        vocab_size=tokenizer.vocab_size,
+        name=source.name,
+        trained=trained,
+    )
+    counts = {"examples": len(pieces), "tokens": found.total}
+    return found, {"part": f"{TRAIN} {source.name} (text)", **counts, "trained tokens": found.total}
 
 
 def _shortened(row: Conversation, renderer: Renderer, cfg: DialogueConfig, length: int) -> Any:

@@ -125,7 +125,7 @@ def prepare_corpus(
     """
     root = os.path.join(workdir, "data")
     if data.cache_dir:
-        texts, loaded = _Texts(data), _loaded(data, tokenizer)
+        texts, loaded = Texts(data), _loaded(data, tokenizer)
         parts = [texts.identity(s, TRAIN) for s in sources_of(data)]
         if data.eval_inputs:
             parts.append(documents.identity(data.eval_inputs))
@@ -148,7 +148,7 @@ def prepare_in(
 
     With `data.sources` there is a train-NAME and an eval-NAME for each.
     """
-    sources, texts = sources_of(data), _Texts(data)
+    sources, texts = sources_of(data), Texts(data)
     for inputs in (data.eval_inputs, *(s.inputs for s in sources if not _is_prepared(s))):
         if inputs and writer:
             documents.resolve(inputs)  # a missing file is an error before hours of work, not after
@@ -183,7 +183,7 @@ def prepare_in(
     )
 
 
-class _Texts:
+class Texts:
     """The training and the held-out text of each source."""
 
     def __init__(self, data: DataConfig):
@@ -264,7 +264,7 @@ def _open_prepared(
 
 def _tokenizer(
     folder: str,
-    texts: _Texts,
+    texts: Texts,
     sources: tuple[SourceConfig, ...],
     data: DataConfig,
     config: TokenizerConfig,

@@ -372,3 +372,28 @@ def test_a_packing_that_cuts_conversations_is_an_error(made):
         ValueError, match=r"data.packing=split cuts .*; use first_fit, pad or bucket"
     ):
         made([pair("a", "b")], packing="split")
+
+
+def test_replayed_text_is_trained_whole_and_keeps_its_share(made, tmp_path):
+    rows = [pair(f"q{i}", f"a{i}") for i in range(40)]
+    (tmp_path / "text.txt").write_text("wxyz" * 100)
+    (tmp_path / "rows.jsonl").write_text("")
+    sources = (
+        configs.SourceConfig(
+            name="talk", inputs=(str(tmp_path / "rows.jsonl"),), weights=((0.0, 3.0),)
+        ),
+        configs.SourceConfig(name="text", inputs=(str(tmp_path / "text.txt"),), text=True),
+    )
+    data = made(rows, length=32, sources=sources, inputs=(), eval_fraction=0.1, packing="pad")
+    talks, text = data.train
+    # The last tenth of the text is left out, as a run on text would hold it out.
+    assert text.tokens.total == 360 and text.tokens.trained.all()
+    assert data.evaluation.documents == 4, "no text among the held-out conversations"
+    loader = data.loader(train_config(**{"data.packing": "pad", "length": 32, "batch_size": 8}))
+    batch = loader.batch(0)
+    written = learnt(data.tokenizer, batch)
+    assert sum(set(t) <= set("wxyz") for t in written) == 2, "a quarter of 8 rows"
+    assert data.parts()[-1] == {
+        "part": "train text (text)", "examples": 12, "tokens": 360, "trained tokens": 360,
+    }  # fmt: skip
+    assert talks.tokens.documents == 36
