@@ -5,13 +5,12 @@ steps; between two renewals a step is as any other.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from llm_jax import config as configs
 from llm_jax import models, sharding
@@ -22,8 +21,7 @@ from llm_jax.nn.params import Constant, ParamSpec, flatten, unflatten
 from llm_jax.peft import pruning
 from llm_jax.peft.quantization import LINEAR
 from llm_jax.train import program
-from llm_jax.train.optimizer import make_optimizer, state_shardings
-from llm_jax.train.step import make_train_step
+from llm_jax.train.tuning import Tuning
 from llm_jax.types import Array, Batch, PyTree, TrainState
 
 METHODS = ("magnitude", "movement")
@@ -93,11 +91,15 @@ def train(
         unknown method, or targets that match nothing.
     """
     _check(cfg, plan)
+    if plan.method == "movement":
+        cfg = configs.thaw(cfg)
+        cfg.optimizer.decay_rules = (*UNDECAYED, *cfg.optimizer.decay_rules)
+        cfg = configs.freeze(cfg)
     mesh = sharding.make_mesh(cfg.mesh)
     specs = models.family(cfg.model.family).specs(cfg.model)
     paths = pruning.target_paths(params, specs, plan.targets)
     with jax.set_mesh(mesh):
-        run = _build(cfg, mesh, specs, paths, plan)
+        run = program.build(cfg, mesh, tuning=_tuning(specs, paths, plan))
         params = jax.device_put(params, nn_params.shardings(specs, mesh))
         state, losses, shares = run.start(params, jax.random.key(cfg.seed)), [], []
         progress = bar(cfg.name, cfg.steps, "step")
@@ -129,76 +131,35 @@ def train(
         return Pruned(pruning.pruned(trained, masks), masks, losses, np.array(shares))
 
 
-class _Run(NamedTuple):
-    start: Callable[[PyTree, Array], TrainState]
-    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
-
-
-def _build(
-    cfg: TrainConfig, mesh: jax.sharding.Mesh, specs: PyTree, paths: list[str], plan: Pruning
-) -> _Run:
-    """The jitted functions. The frozen part is a tree {path: mask} or {path: thresholds}."""
+def _tuning(specs: PyTree, paths: list[str], plan: Pruning) -> Tuning:
+    """Weights are trained, and with movement pruning scores beside them; the frozen part is a mask
+    or a threshold a layer for each pruned matrix."""
     declared = {path: flatten(specs)[path] for path in paths}
-    if plan.method == "movement":
-        scores = {
+    if plan.method == "magnitude":
+        masks = {p: replace(s, init=Constant(True), dtype=bool) for p, s in declared.items()}
+        made = unflatten(masks)
+        return Tuning(
+            trained=specs,
+            split=lambda params, key: (params, nn_params.init(made, key)),
+            join=lambda params, frozen: pruning.masked(params, flatten(frozen)),
+            frozen=made,
+        )
+    scores = unflatten(
+        {
             path: ParamSpec(s.shape, s.axes, Constant(0.0), rate=s.rate * plan.score_rate)
             for path, s in declared.items()
         }
-        trained = {"model": specs, "scores": unflatten(scores)}
-        frozen = {p: ParamSpec(s.shape[:-2], s.axes[:-2], None) for p, s in declared.items()}
-        cfg = configs.thaw(cfg)
-        cfg.optimizer.decay_rules = (*UNDECAYED, *cfg.optimizer.decay_rules)
-        cfg = configs.freeze(cfg)
-    else:
-        trained, frozen = specs, declared
-    optimizer = make_optimizer(cfg.optimizer, cfg.steps, trained, cfg.model.moe.bias_rate)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    cut = nn_params.shardings(trained, mesh)
-
-    def start(params: PyTree, key: Array) -> TrainState:
-        if plan.method == "movement":
-            zeros = {path: jnp.zeros(s.shape, s.dtype) for path, s in scores.items()}
-            params = {"model": params, "scores": unflatten(zeros)}
-            held = {p: jnp.full(s.shape, -jnp.inf, jnp.float32) for p, s in frozen.items()}
-        else:
-            held = {p: jnp.ones(s.shape, bool) for p, s in frozen.items()}
-        return TrainState(
-            step=jnp.int32(0),
-            key=key,
-            params=params,
-            frozen=unflatten(held),
-            opt_state=optimizer.init(params),
-            ema=jax.tree.map(jnp.copy, params) if cfg.optimizer.ema_decay else None,
-            carry=None,
-            bad_steps=jnp.int32(0),
-        )
-
-    shardings = TrainState(
-        step=replicated,
-        key=replicated,
-        params=cut,
-        frozen=nn_params.shardings(unflatten(frozen), mesh),
-        opt_state=state_shardings(optimizer, trained, mesh),
-        ema=cut if cfg.optimizer.ema_decay else None,
-        carry=None,
-        bad_steps=replicated,
     )
+    none = Constant(-jnp.inf)
+    cuts = unflatten({p: ParamSpec(s.shape[:-2], s.axes[:-2], none) for p, s in declared.items()})
+
+    def split(params: PyTree, key: Array) -> tuple[PyTree, PyTree]:
+        return {"model": params, "scores": nn_params.init(scores, key)}, nn_params.init(cuts, key)
 
     def join(trained: PyTree, frozen: PyTree) -> PyTree:
-        if plan.method == "movement":
-            return pruning.scored(trained["model"], flatten(trained["scores"]), flatten(frozen))
-        return pruning.masked(trained, flatten(frozen))
+        return pruning.scored(trained["model"], flatten(trained["scores"]), flatten(frozen))
 
-    step = make_train_step(program.make_loss_fn(cfg), optimizer, cfg, join=join)
-    return _Run(
-        start=jax.jit(start, out_shardings=shardings),
-        step=jax.jit(
-            step,
-            in_shardings=(shardings, None),
-            out_shardings=(shardings, replicated),
-            donate_argnums=0,
-        ),
-    )
+    return Tuning({"model": specs, "scores": scores}, split, join, frozen=cuts)
 
 
 def _renewed(state: TrainState, specs: PyTree, plan: Pruning, share: float) -> PyTree:

@@ -76,18 +76,20 @@ def build(
     *,
     evaluates: LossFn | None = None,
     beside: dict[str, PyTree] | None = None,
+    tuning: Tuning | None = None,
 ) -> Program:
     """The program of a frozen config on a mesh (an AbstractMesh will do for lowering).
 
     `loss_fn` is what is trained on (default: `make_loss_fn`), `evaluates` what evaluation measures
     (default: the same). `beside` has the specs of other models (a teacher): their parameters, given
     to `init` or `start`, ride in the state's frozen part, and `loss_fn` finds them in the parameter
-    tree under their names. Nothing else sees them: neither evaluation, nor checkpoints.
+    tree under their names. Nothing else sees them: neither evaluation, nor checkpoints. `tuning`
+    says what is trained and what is frozen (default: `make_tuning`).
     """
     sharding.check_divisible(cfg, dict(mesh.shape))
     model = models.family(cfg.model.family)
     specs = model.specs(cfg.model)
-    tuning = make_tuning(cfg, specs)
+    tuning = tuning or make_tuning(cfg, specs)
     optimizer = make_optimizer(cfg.optimizer, cfg.steps, tuning.trained, cfg.model.moe.bias_rate)
     loss_fn, beside = loss_fn or make_loss_fn(cfg), beside or {}
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -115,7 +117,7 @@ def build(
         key=replicated,
         params=cut,
         frozen={
-            **frozen_shardings(frozen or {}, specs, mesh),
+            **frozen_shardings(frozen or {}, tuning.frozen or specs, mesh),
             **{name: nn_params.shardings(tree, mesh) for name, tree in beside.items()},
         }
         or None,

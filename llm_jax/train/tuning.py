@@ -32,6 +32,9 @@ class Tuning(NamedTuple):
     join: Callable[[PyTree, PyTree | None], PyTree]  # (trained, frozen) -> what models take
     # (path, parameter) -> the leaf that is kept of it; `split` does it too, this is for loading
     hold: Callable[[str, PyTree], PyTree] | None = None
+    frozen: PyTree = (
+        None  # ParamSpecs of the frozen part, where it is not of the model's parameters
+    )
 
 
 def make_tuning(cfg: TrainConfig, specs: PyTree) -> Tuning:
