@@ -13,14 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax import config as configs
-from llm_jax import models, sharding
+from llm_jax import models
 from llm_jax.config import TrainConfig
-from llm_jax.data.progress import bar
 from llm_jax.nn import params as nn_params
 from llm_jax.nn.params import Constant, ParamSpec, flatten, unflatten
 from llm_jax.peft import pruning
 from llm_jax.peft.quantization import LINEAR
-from llm_jax.train import program
+from llm_jax.train import in_memory
 from llm_jax.train.tuning import Tuning
 from llm_jax.types import Array, Batch, PyTree, TrainState
 
@@ -78,13 +77,10 @@ def train(
     batch: Callable[[int], Batch],
     params: PyTree,
     plan: Pruning,
-    *,
-    watch: Callable[[int, float], None] | None = None,
 ) -> Pruned:
     """Trains `params` with the frozen, resolved `cfg` on `batch(step)` of numpy rows, while pruning.
 
-    Pruned weights get no gradient and are exactly 0 in the result. `watch(step, loss)` is called a
-    step late.
+    Pruned weights get no gradient and are exactly 0 in the result.
 
     Raises:
       ValueError: a plan that does not end within the run, PEFT or frozen parameters beside it, an
@@ -95,40 +91,29 @@ def train(
         cfg = configs.thaw(cfg)
         cfg.optimizer.decay_rules = (*UNDECAYED, *cfg.optimizer.decay_rules)
         cfg = configs.freeze(cfg)
-    mesh = sharding.make_mesh(cfg.mesh)
     specs = models.family(cfg.model.family).specs(cfg.model)
     paths = pruning.target_paths(params, specs, plan.targets)
-    with jax.set_mesh(mesh):
-        run = program.build(cfg, mesh, tuning=_tuning(specs, paths, plan))
-        params = jax.device_put(params, nn_params.shardings(specs, mesh))
-        state, losses, shares = run.start(params, jax.random.key(cfg.seed)), [], []
-        progress = bar(cfg.name, cfg.steps, "step")
-        share = 0.0
-        for step in range(cfg.steps):
-            if plan.renews(step):
-                share = plan.at(step)
-                state = state.replace(frozen=_renewed(state, specs, plan, share))
-            rows = program.put(batch(step), mesh, cfg.accumulation)
-            state, metrics = run.step(state, rows)
-            losses.append(metrics["loss"])
-            shares.append(share)
-            if step:
-                losses[-2] = float(losses[-2])
-                if watch:
-                    watch(step - 1, losses[-2])
-            progress.update(1)
-        progress.close()
-        losses = np.array([float(x) for x in losses])
-        if watch:
-            watch(cfg.steps - 1, losses[-1])
-        final = state.params if state.ema is None else state.ema
-        if plan.method == "movement":
-            scores = flatten(final["scores"])
-            cut = pruning.score_thresholds(scores, specs, plan.sparsity)
-            trained, masks = final["model"], _above(scores, cut)
-        else:
-            trained, masks = final, flatten(state.frozen)
-        return Pruned(pruning.pruned(trained, masks), masks, losses, np.array(shares))
+    shares = []
+
+    def renew(step: int, state: TrainState) -> TrainState:
+        share = shares[-1] if shares else 0.0
+        if plan.renews(step):
+            share = plan.at(step)
+            state = state.replace(frozen=_renewed(state, specs, plan, share))
+        shares.append(share)
+        return state
+
+    tuning = _tuning(specs, paths, plan)
+    done = in_memory.train(cfg, batch, start=params, tuning=tuning, before=renew)
+    state = done.state
+    final = state.params if state.ema is None else state.ema
+    if plan.method == "movement":
+        scores = flatten(final["scores"])
+        cut = pruning.score_thresholds(scores, specs, plan.sparsity)
+        trained, masks = final["model"], _above(scores, cut)
+    else:
+        trained, masks = final, flatten(state.frozen)
+    return Pruned(pruning.pruned(trained, masks), masks, done.losses, np.array(shares))
 
 
 def _tuning(specs: PyTree, paths: list[str], plan: Pruning) -> Tuning:
