@@ -121,7 +121,7 @@ class Training:
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
     def config(self) -> TrainConfig:
-        """The recipe with the data and the start that the flags name."""
+        """The recipe with the data that the flags name, and the name of where it starts."""
         cfg = self._config.value
         if cfg is None:
             raise ValueError(f"--config is needed, for example --config={self._example}")
@@ -130,21 +130,22 @@ class Training:
         if self._flags["eval_input"].value:
             cfg.data.eval_inputs = tuple(self._flags["eval_input"].value)
         if self._flags["init_from"].value:
-            from llm_jax.train import base_model
-
-            base_model.adopt(cfg, self._flags["init_from"].value)
+            cfg.checkpoint.init_from = self._flags["init_from"].value
         return cfg
 
     def run(self, cfg: TrainConfig, train: Callable[..., dict[str, Any]]) -> None:
-        """Joins the job, if this is one of several processes, and calls `train(workdir, **options)`
-        with the options of `train.loop.train`; prints what it returns."""
+        """Joins the job, if this is one of several processes, makes the recipe go on from what
+        --init_from names, and calls `train(workdir, **options)` with the options of
+        `train.loop.train`; prints what it returns."""
         from llm_jax.train import xla_flags
 
         workdir, dry_run = self._flags["workdir"].value, self._flags["dry_run"].value
         xla_flags.configure(cfg.log)
-        with self._job():
-            from llm_jax.train import distributed
+        with self._job():  # before anything touches a device, such as reading a checkpoint
+            from llm_jax.train import base_model, distributed
 
+            if self._flags["init_from"].value:
+                base_model.adopt(cfg, self._flags["init_from"].value)
             summary = train(workdir, dry_run=dry_run, debug=self._flags["debug"].value)
             if distributed.is_main() and not dry_run:
                 show_run(summary, workdir)
