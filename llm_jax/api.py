@@ -18,7 +18,7 @@ from llm_jax.interop import huggingface, peft_format, pretrained
 from llm_jax.interop.model_card import model_card
 from llm_jax.peft import lora
 from llm_jax.tokenizers.export import huggingface_files
-from llm_jax.train import base_model, checkpoint
+from llm_jax.train import base_model, checkpoint, host_memory
 from llm_jax.types import Array, Batch, PyTree
 
 
@@ -42,6 +42,7 @@ class Model:
     ):
         self.config, self.params, self.tokenizer, self.mesh = config, params, tokenizer, mesh
         self.trained = trained
+        host_memory.fit(sum(x.nbytes for x in jax.tree.leaves(params)))
 
     def logits(self, tokens: Any) -> Array:
         """Ids [B, L] -> float32 [B, L, V]: logits of the token after each.

@@ -16,7 +16,7 @@ from llm_jax import models, sharding
 from llm_jax.config import ModelConfig, TrainConfig
 from llm_jax.nn import params as nn_params
 from llm_jax.objectives import likelihood
-from llm_jax.train import distributed
+from llm_jax.train import distributed, host_memory
 from llm_jax.train.optimizer import make_optimizer, state_shardings
 from llm_jax.train.step import LossFn, make_train_step, micro_batches
 from llm_jax.train.tuning import Tuning, frozen_shardings, make_tuning, without
@@ -89,6 +89,7 @@ def build(
     sharding.check_divisible(cfg, dict(mesh.shape))
     model = models.family(cfg.model.family)
     specs = model.specs(cfg.model)
+    host_memory.fit(4 * nn_params.count(specs))
     tuning = tuning or make_tuning(cfg, specs)
     optimizer = make_optimizer(cfg.optimizer, cfg.steps, tuning.trained, cfg.model.moe.bias_rate)
     loss_fn, beside = loss_fn or make_loss_fn(cfg), beside or {}
