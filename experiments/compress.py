@@ -6,7 +6,8 @@ python -m experiments.compress --checkpoint=model.gguf --scheme=int8-row,nf4-64,
 
 Schemes: bfloat16; int8-row, int8-channel, int8-tensor; nf4-64, int4-64, int3-128 (any block, with or
 without -double); prune-50, prune-50-global, prune-2:4; and with --train_steps: retrain-50,
-gradual-50, movement-50. float32 is always measured.
+gradual-50, movement-50. float32 is always measured. Each measurement is in DIR/results.json as soon
+as it is made: the same command goes on where it stopped, and one with other schemes adds them.
 """
 
 import os
@@ -92,6 +93,8 @@ def main(argv: list[str]) -> None:
         targets=_TARGETS.value or LINEAR,
         training=training,
     )
+    title = os.path.basename(os.path.normpath(_CHECKPOINT.value))
+    kept = frontier.kept_in(_OUTPUT.value, title, model.params, options)
     print(f"{found.source}: {found.tokens:,} tokens")
 
     def done(point: frontier.Point, compressed: schemes.Compressed) -> None:
@@ -111,11 +114,10 @@ def main(argv: list[str]) -> None:
         print(f"  saved: {folder}")
 
     points = frontier.measure(
-        _SCHEME.value, model.config, model.params, model.tokenizer, options, done=done
+        _SCHEME.value, model.config, model.params, model.tokenizer, options, kept=kept, done=done
     )
-    title = os.path.basename(os.path.normpath(_CHECKPOINT.value))
     command = ["python", "-m", "experiments.compress", *map(shlex.quote, sys.argv[1:])]
-    print(f"report: {frontier.write(points, _OUTPUT.value, title, options, command)}")
+    print(f"report: {frontier.write(points, _OUTPUT.value, kept.settings, command)}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from runs import flags_of, run_binary, run_config
+from runs import finish_job, flags_of, run_binary, run_config, start_job
 
 from llm_jax.train.loop import train
 
@@ -68,6 +68,29 @@ def test_a_run_counts_what_it_left_out_and_answers(base, damaged, tmp_path):
         "--max_new_tokens=4",
     )
     assert asked.returncode == 0, asked.stderr
+
+
+@pytest.mark.slow  # half a minute
+def test_two_processes_tune_as_one(base, damaged, tmp_path):
+    def losses(workdir):
+        return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").open()]
+
+    lora = {"peft.method": "lora", "peft.base": "nf4", "log.every": 1}
+    alone = sft(base, damaged, tmp_path / "one", **lora)
+    assert alone.returncode == 0, alone.stderr
+    job = start_job(
+        2,
+        "sft",
+        "--config=configs/sft_embedded.py",
+        f"--init_from={base}",
+        f"--input={damaged}",
+        f"--workdir={tmp_path / 'two'}",
+        *flags_of({**SHORT, **lora, "mesh.data": 1, "mesh.fsdp": 2}),
+    )
+    for code, _, err in finish_job(job):
+        assert code == 0, err
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == 4 and two == pytest.approx(one, rel=2e-5)
 
 
 def test_damage_is_fatal_by_flag(base, damaged, tmp_path):

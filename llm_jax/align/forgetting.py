@@ -8,9 +8,7 @@ same examples of the first task, the target, equally often; what a remedy adds c
 time. Runs are kept in results.json as they end, and not done again.
 """
 
-import json
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -60,6 +58,7 @@ REMEDIES: dict[str, Remedy] = {
     "L2 to the start": Remedy({"optimizer.l2_to_start": 0.1}),
     "LoRA": Remedy({"peft.method": "lora", "peft.rank": 16, "peft.alpha": 32.0}),
 }
+BEFORE = "before"  # the base model's own scores, beside the runs in results.json
 LORA_RATE = 5.0  # times the learning rate of full tuning: the update starts at 0
 
 
@@ -289,47 +288,10 @@ def _task_scores(params: PyTree, model: configs.ModelConfig, task: TaskData) -> 
     }
 
 
-class Results:
-    """The runs of a lab, each in `folder`/results.json as soon as it has ended.
-
-    Raises:
-      ValueError: the folder holds runs of another lab or base.
-    """
-
-    def __init__(self, folder: str | Path, lab: Lab, base: Base):
-        self._path = os.path.join(folder, "results.json")
-        # More seeds and remedies may come later; what a run is must not change.
-        same = {k: v for k, v in asdict(lab).items() if k not in GROWING}
-        same["base"] = configs.to_dict(base.config)
-        self.settings = json.loads(json.dumps(same))
-        self.before: dict[str, Any] | None = None
-        self.runs: dict[str, dict[str, Any]] = {}
-        if os.path.exists(self._path):
-            with open(self._path) as file:
-                kept = json.load(file)
-            now = self.settings
-            if changed := [k for k in now if now[k] != kept["settings"].get(k)]:
-                raise ValueError(
-                    f"{self._path} has runs that differ in {', '.join(changed)}; choose another "
-                    "--workdir"
-                )
-            self.before, self.runs = kept["before"], kept["runs"]
-
-    def add(self, key: Key, run: dict[str, Any]) -> None:
-        """Keeps a run that has ended."""
-        self.runs[str(key)] = run
-        self.save()
-
-    def save(self) -> None:
-        """Writes all of them."""
-        output.write_json(self._path, self.to_json())
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {"settings": self.settings, "before": self.before, "runs": self.runs}
-
-
-GROWING = ("remedies", "seeds", "data")
+def _settings(lab: Lab, base: Base) -> dict[str, Any]:
+    """What must not change from run to run; more seeds and remedies may come later."""
+    same = {k: v for k, v in asdict(lab).items() if k not in ("remedies", "seeds", "data")}
+    return same | {"base": configs.to_dict(base.config)}
 
 
 def read_tasks(lab: Lab, tokenizer: Tokenizer) -> dict[str, TaskData]:
@@ -359,22 +321,26 @@ def _share(lab: Lab) -> int:
 
 
 def run(lab: Lab, base: Base, folder: str | Path, *, progress: Any = print) -> dict[str, Any]:
-    """All runs that are not known yet; returns what results.json holds."""
+    """All runs that are not known yet; returns {"settings", "before", "runs"} of all that are.
+
+    Raises:
+      ValueError: what `check` raises, or the folder holds runs of another lab or base.
+    """
     check(lab)
-    os.makedirs(folder, exist_ok=True)
-    results = Results(folder, lab, base)
+    kept = output.Kept(Path(folder) / "results.json", _settings(lab, base), "--workdir")
     tasks = read_tasks(lab, base.tokenizer)
-    if results.before is None:
-        results.before = scores(lab, base, tasks, base.params)
-        results.save()
-    todo: Sequence[Key] = [k for k in keys(lab) if str(k) not in results.runs]
+    if BEFORE not in kept.items:
+        kept.add(BEFORE, scores(lab, base, tasks, base.params))
+    before = kept.items[BEFORE]
+    todo: Sequence[Key] = [k for k in keys(lab) if str(k) not in kept.items]
     for number, key in enumerate(todo, 1):
         done = tune(lab, base, tasks, key)
-        results.add(key, done)
-        forgot = done["bits_per_byte"] - results.before["bits_per_byte"]
+        kept.add(str(key), done)
+        forgot = done["bits_per_byte"] - before["bits_per_byte"]
         target = done["by_task"][lab.tasks[0]]["loss"]
         progress(
             f"{number}/{len(todo)} {key}: {forgot:+.4f} bits per byte, target loss {target:.4f}, "
             f"{done['seconds']:.0f} s"
         )
-    return results.to_json()
+    runs = {name: run for name, run in kept.items.items() if name != BEFORE}
+    return {"settings": kept.settings, "before": before, "runs": runs}

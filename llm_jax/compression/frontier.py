@@ -1,7 +1,8 @@
 """Quality against bytes and against tokens/s: one model by many schemes, and which are worth having."""
 
+import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,9 @@ from llm_jax.compression.schemes import Compressed, Training
 from llm_jax.config import ModelConfig, TrainConfig
 from llm_jax.decode.generate import generate, start_ids
 from llm_jax.eval.likelihood import perplexity
-from llm_jax.eval.output import write_json
+from llm_jax.eval.output import Kept
 from llm_jax.eval.scoring import rolling
+from llm_jax.nn import params as nn_params
 from llm_jax.peft.quantization import LINEAR
 from llm_jax.report import Block, Code, Plot, Series, Table, Text, write_report
 from llm_jax.types import Array, Batch, PyTree
@@ -86,9 +88,11 @@ def measure(
     tokenizer: Any,
     options: Options,
     *,
+    kept: Kept | None = None,
     done: Callable[[Point, Compressed], None] | None = None,
 ) -> list[Point]:
-    """Each scheme's point; "float32" comes first whether it is named or not.
+    """Each scheme's point; "float32" comes first whether it is named or not. What `kept` holds is
+    not measured again, and comes along.
 
     `done(point, model)` is called once a model has been measured; one at a time is in memory beside
     the uncompressed one.
@@ -100,22 +104,56 @@ def measure(
     for name in names:
         schemes.check(name, options.training is not None)
     base = jax.tree.map(lambda x: x.astype("float32"), params)
-    points = []
+    points = {}
+    if kept:
+        points = {name: Point(**item) for name, item in kept.items.items()}
     for name in names:
+        wanted = [name, name + CACHED] if options.int8_cache else [name]
+        wanted = [w for w in wanted if w not in points]
+        if not wanted:
+            continue
         model = schemes.compress(
             name, cfg, base, targets=options.targets, training=options.training
         )
-        for int8_cache in (False, True) if options.int8_cache else (False,):
-            point = _measure(name, cfg.model, model, base, tokenizer, options, int8_cache)
-            points.append(point)
+        for point_name in wanted:
+            point = _measure(point_name, cfg.model, model, base, tokenizer, options)
+            points[point_name] = point
+            if kept:
+                kept.add(point_name, asdict(point))
             if done:
                 done(point, model)
-    return marked(points)
+    return marked(points.values())
 
 
-def marked(points: Sequence[Point]) -> list[Point]:
+def kept_in(directory: str, title: str, params: PyTree, options: Options) -> Kept:
+    """What `directory`/results.json holds of this model, measured in this way.
+
+    Raises:
+      ValueError: it holds measurements of another model, or made in another way.
+    """
+    texts = hashlib.sha256("\0".join(options.texts).encode()).hexdigest()[:16]
+    about = {
+        "model": title,
+        "weights": nn_params.fingerprint(params),
+        "input": options.source,
+        "text": texts,
+        "window": options.window,
+        "targets": options.targets,
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "decode_tokens": options.decode_tokens,
+    }
+    if options.training:
+        own = asdict(options.training)
+        ids = np.ascontiguousarray(own.pop("ids"))
+        about["training"] = own | {"text": hashlib.sha256(ids.tobytes()).hexdigest()[:16]}
+    return Kept(Path(directory) / "results.json", about, "--output")
+
+
+def marked(points: Iterable[Point]) -> list[Point]:
     """The points with the frontiers they are on: no other is at least as good in both respects and
     better in one. Lower perplexity goes with fewer bytes ("size") and a higher speed-up ("speed")."""
+    points = list(points)
     timed = [p for p in points if p.tokens_per_second is not None]
     size = _best([(p.nbytes, p.perplexity) for p in points])
     speed = _best([(-p.speed_up, p.perplexity) for p in timed])
@@ -126,24 +164,11 @@ def marked(points: Sequence[Point]) -> list[Point]:
     return [replace(p, frontiers=tuple(on.get(id(p), ()))) for p in points]
 
 
-def write(
-    points: Sequence[Point], directory: str, title: str, options: Options, command: Sequence[str]
-) -> Path:
-    """Writes results.json, and report.md with its plots; returns the path of the latter."""
-    tokens = None if options.window is None else options.window
-    about = {
-        "model": title,
-        "input": options.source,
-        "window": tokens,
-        "targets": options.targets,
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "rows": 1,
-        "decode_tokens": options.decode_tokens,
-    }
-    path = Path(directory) / "results.json"
-    write_json(str(path), about | {"points": [asdict(p) for p in points]})
-    return write_report(directory, f"Compression: {title}", _blocks(points, about, command))
+def write(points: Sequence[Point], directory: str, about: dict, command: Sequence[str]) -> Path:
+    """Writes report.md and its plots, `about` being `Kept.settings`; returns the path."""
+    return write_report(
+        directory, f"Compression: {about['model']}", _blocks(points, about, command)
+    )
 
 
 def through_cache(
@@ -197,12 +222,11 @@ def _measure(
     base: PyTree,
     tokenizer: Any,
     options: Options,
-    int8_cache: bool,
 ) -> Point:
     own = cfg
-    if int8_cache:
+    if name.endswith(CACHED):
         changed = configs.thaw(cfg)
-        changed.cache_dtype, name = "int8", name + CACHED
+        changed.cache_dtype = "int8"
         own = configs.freeze(changed)
         quality = through_cache(
             model.params,

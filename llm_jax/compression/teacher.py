@@ -17,7 +17,7 @@ from llm_jax.config import ModelConfig, TrainConfig
 from llm_jax.data.progress import bar
 from llm_jax.eval.output import write_json
 from llm_jax.nn import distill_head
-from llm_jax.nn.params import flatten
+from llm_jax.nn.params import fingerprint
 from llm_jax.train import base_model
 from llm_jax.train.program import put
 from llm_jax.types import Array, Batch, PyTree
@@ -116,7 +116,7 @@ def prepare_top_k(
     if not 1 <= k <= V:
         raise ValueError(f"--top_k={k} has to be from 1 to the vocabulary's {V}")
     manifest = {
-        "teacher": _fingerprint(teacher.params),
+        "teacher": fingerprint(teacher.params),
         "data": loader.identity,
         "steps": cfg.steps,
         "top_k": k,
@@ -153,11 +153,3 @@ def _top_k(params: PyTree, batch: Batch, *, cfg: ModelConfig, k: int) -> tuple[A
     model = models.family(cfg.family)
     side = model.head_side(params, model.hidden(params, batch, cfg).x, cfg)
     return distill_head.top_k(side, k, vocab_size=cfg.vocab_size)
-
-
-def _fingerprint(params: PyTree) -> str:
-    found = hashlib.sha256()
-    for path, leaf in sorted(flatten(params).items()):
-        found.update(path.encode())
-        found.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
-    return found.hexdigest()[:16]

@@ -10,12 +10,8 @@ import numpy as np
 from llm_jax.types import Array
 
 
-@flax.struct.dataclass
-class Masked:
-    """w * mask: what is pruned counts as 0 and gets no gradient."""
-
-    w: Array  # [D_in, D_out]
-    mask: Array  # bool, of the same shape
+class _Sparse:
+    """What the two have in common: a matrix `w`, some of whose entries count as 0."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -28,6 +24,14 @@ class Masked:
     def rows(self, ids: Array) -> Array:
         """ids [...] -> [..., D_out]."""
         return jnp.take(self.dequantize(self.w.dtype), ids, axis=0, mode="clip")
+
+
+@flax.struct.dataclass
+class Masked(_Sparse):
+    """w * mask: what is pruned counts as 0 and gets no gradient."""
+
+    w: Array  # [D_in, D_out]
+    mask: Array  # bool, of the same shape
 
     def dequantize(self, dtype: Any) -> Array:
         """The matrix with zeros."""
@@ -39,7 +43,7 @@ class Masked:
 
 
 @flax.struct.dataclass
-class Scored:
+class Scored(_Sparse):
     """w where its score is at least the threshold, else 0 (movement pruning, Sanh et al. 2020).
 
     The gradient goes straight through the comparison: a score's is that of the weight in use times
@@ -50,18 +54,6 @@ class Scored:
     w: Array  # [D_in, D_out]
     scores: Array  # of the same shape
     threshold: Array  # scalar
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(np.shape(self.w))
-
-    def matmul(self, x: Array) -> Array:
-        """x [..., D_in] -> [..., D_out]."""
-        return jnp.matmul(x, self.dequantize(x.dtype))
-
-    def rows(self, ids: Array) -> Array:
-        """ids [...] -> [..., D_out]."""
-        return jnp.take(self.dequantize(self.w.dtype), ids, axis=0, mode="clip")
 
     def dequantize(self, dtype: Any) -> Array:
         """The matrix with zeros; of stacked leaves, that of each layer."""

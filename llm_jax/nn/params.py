@@ -5,6 +5,7 @@ decay, freeze and import tables. Trees are nested dicts; a parameter's path is i
 "/", such as "layers/attn/q/w".
 """
 
+import hashlib
 import math
 import re
 import zlib
@@ -14,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 
 from llm_jax import sharding
@@ -130,6 +132,15 @@ def count(specs: PyTree, *, embeddings: bool = True) -> int:
         for path, s in flatten(specs).items()
         if embeddings or not (path.startswith("embed/") or "vocab" in s.axes)
     )
+
+
+def fingerprint(params: PyTree) -> str:
+    """A digest of all arrays and their paths, computed on the host."""
+    found = hashlib.sha256()
+    for path, leaf in sorted(flatten(params).items()):
+        found.update(path.encode())
+        found.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+    return found.hexdigest()[:16]
 
 
 def select(

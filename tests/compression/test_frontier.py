@@ -1,6 +1,7 @@
 """Compression from end to end on a tiny model, and what counts as worth having."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -40,12 +41,14 @@ def test_compress_measures_reports_and_marks(model, tmp_path):
         texts=[TEXT], source="a fox", window=32, decode_tokens=4, training=training
     )
     trees = {}
+    kept = frontier.kept_in(str(tmp_path), "tiny", model.params, options)
     points = frontier.measure(
         names,
         model.config,
         model.params,
         model.tokenizer,
         options,
+        kept=kept,
         done=lambda point, made: trees.update({point.scheme: made.params}),
     )
     by_name = {p.scheme: p for p in points}
@@ -69,14 +72,25 @@ def test_compress_measures_reports_and_marks(model, tmp_path):
             assert float((w == 0).mean()) == 0.5
     assert all(p.tokens_per_second > 0 for p in points)
 
-    report = frontier.write(points, str(tmp_path), "tiny", options, ["python", "-m", "x"])
+    report = frontier.write(points, str(tmp_path), kept.settings, ["python", "-m", "x"])
     found = json.loads((tmp_path / "results.json").read_text())
-    assert [p["scheme"] for p in found["points"]] == list(by_name)
+    assert list(found["items"]) == list(by_name)
     assert "retrain-50" in report.read_text() and "a fox" in report.read_text()
     assert {p.name for p in (tmp_path / "plots").iterdir()} == {
         "quality_size.png",
         "quality_speed.png",
     }
+
+    def again(names, options):
+        kept = frontier.kept_in(str(tmp_path), "tiny", model.params, options)
+        parts = (model.config, model.params, model.tokenizer, options)
+        return frontier.measure(names, *parts, kept=kept, done=lambda p, _: measured.append(p))
+
+    measured = []  # the same directory: what is there is not measured again, and stays in
+    assert [p.scheme for p in again(["nf4-8", "int8-row"], options)] == [*by_name, "int8-row"]
+    assert [p.scheme for p in measured] == ["int8-row"]
+    with pytest.raises(ValueError, match="differ in window; choose another --output"):
+        again(["nf4-8"], replace(options, window=16))
 
 
 def test_each_scheme_is_also_measured_with_an_int8_cache(model):
