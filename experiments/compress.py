@@ -66,7 +66,8 @@ def main(argv: list[str]) -> None:
 
     import llm_jax
     from llm_jax.api import Model
-    from llm_jax.compression import frontier, schemes, texts
+    from llm_jax.compression import frontier, schemes
+    from llm_jax.eval import texts
     from llm_jax.peft.quantization import LINEAR
 
     for name in _SCHEME.value:  # a typing error shows before the model is loaded

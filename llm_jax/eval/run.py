@@ -5,6 +5,7 @@ text of the first prompt and a hash of all.
 """
 
 import hashlib
+import itertools
 import math
 import random
 from collections import defaultdict
@@ -16,9 +17,9 @@ import numpy as np
 
 from llm_jax import models
 from llm_jax.config import ModelConfig
-from llm_jax.data import documents
 from llm_jax.decode.generate import generate
 from llm_jax.eval import answers, datasets, prompts, tasks
+from llm_jax.eval import texts as test_texts
 from llm_jax.eval.classification import expected_calibration_error
 from llm_jax.eval.datasets import Item
 from llm_jax.eval.likelihood import perplexity
@@ -28,7 +29,6 @@ from llm_jax.eval.uncertainty import standard_error
 from llm_jax.types import PyTree
 
 CALIBRATION_BINS = 10
-HELD_OUT = 0.1  # of the embedded corpus: what pretraining holds out by default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -433,25 +433,12 @@ def _means(judged: list[dict]) -> dict[str, dict]:
 
 def _perplexity(model, options: Options, started) -> dict:
     params, cfg, tokenizer = model
-    if options.input:
-        read = documents.read([options.input])
-    else:
-        everything = list(documents.read(["embedded:docs"]))
-        start = documents.held_out_start(documents.count_characters(everything), HELD_OUT)
-        read = documents.take(everything, start)
-    texts, pieces = [], []
-    for piece in read:
-        pieces.append(piece.text)
-        if piece.last:
-            texts.append("".join(pieces))
-            pieces = []
-            if len(texts) == options.limit:
-                break
+    whole = list(itertools.islice(test_texts.read(options.input), options.limit or None))
     found = perplexity(
         params,
         cfg,
         tokenizer,
-        texts,
+        whole,
         window=options.window,
         stride=options.stride,
         batch_size=options.batch_size,
@@ -459,8 +446,11 @@ def _perplexity(model, options: Options, started) -> dict:
     )
     names = [name for name in found if f"{name}_stderr" in found]
     metrics = {n: {"value": found.pop(n), "stderr": found.pop(f"{n}_stderr")} for n in names}
-    where = options.input or f"embedded:docs, the last {HELD_OUT:.0%} of its characters"
-    return {"n": found.pop("n"), "metrics": metrics} | found | {"input": where}
+    return (
+        {"n": found.pop("n"), "metrics": metrics}
+        | found
+        | {"input": test_texts.where(options.input)}
+    )
 
 
 def _starter(name: str, progress) -> Callable[[int | None], Any]:

@@ -71,6 +71,14 @@ def test_movement_prunes_by_scores_in_a_model():
     assert same < 0.9  # it is not the magnitudes that decide
 
 
+def test_when_masks_are_renewed():
+    gradual = Pruning(begin=2, end=7, every=3)
+    assert [step for step in range(12) if gradual.renews(step)] == [2, 5, 7]
+    # Scores go on moving, and the share of weights above a threshold with them.
+    movement = Pruning(method="movement", begin=2, end=7, every=3)
+    assert [step for step in range(12) if movement.renews(step)] == [2, 5, 7, 8, 11]
+
+
 def test_movement_prunes_a_large_weight_of_no_use_and_magnitude_does_not():
     """y = x0 while the weight of x1 starts large. Training moves it to 0, where it still is the
     larger one when half is pruned: magnitude would take away the one that is needed."""
