@@ -1,5 +1,7 @@
 """Pruning while training: what is pruned stays pruned, and movement finds what is of no use."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from tiny import random_batch, tiny_train
 
 from llm_jax import models
-from llm_jax.compression.pruned_training import Pruning, train
+from llm_jax.compression.pruned_training import Pruning, _renewed, train
 from llm_jax.nn import params as nn_params
 from llm_jax.nn.masked import Scored
 from llm_jax.nn.params import flatten
@@ -77,6 +79,17 @@ def test_when_masks_are_renewed():
     # Scores go on moving, and the share of weights above a threshold with them.
     movement = Pruning(method="movement", begin=2, end=7, every=3)
     assert [step for step in range(12) if movement.renews(step)] == [2, 5, 7, 8, 11]
+
+
+def test_what_is_pruned_stays_pruned_whatever_the_others_have_become():
+    cfg = tiny_train()
+    specs = models.family(cfg.model.family).specs(cfg.model)
+    params = nn_params.init(specs, jax.random.key(0))
+    small = pruning.magnitude_masks(params, specs, 0.5)
+    large_pruned = nn_params.unflatten({path: ~mask for path, mask in small.items()})
+    state = SimpleNamespace(params=params, frozen=large_pruned)
+    again = _renewed(state, specs, Pruning(), 0.5)
+    jax.tree.map(np.testing.assert_array_equal, again, large_pruned)
 
 
 def test_movement_prunes_a_large_weight_of_no_use_and_magnitude_does_not():
