@@ -20,7 +20,7 @@ from llm_jax.data import documents
 LAYOUTS = ("alpaca", "completion", "messages", "sharegpt")
 SUFFIXES = {".json", ".jsonl", ".ndjson", ".parquet"}  # what is read from a folder
 
-# What a malformed row is rejected for.
+# What a row is rejected for; the last two are of a run's length, not of the row.
 RULES = {
     "invalid UTF-8": "its bytes are not UTF-8",
     "not JSON": "the line is not JSON",
@@ -37,6 +37,8 @@ RULES = {
     "long turn": "a turn is longer than data.dialogue.max_turn_chars",
     "refused by the template": "the chat template raises an error, or loses a turn's place",
     "refused by the tokenizer": "it cannot write the text, or writes another",
+    "too long": "it has more tokens than `length`, under data.dialogue.too_long=drop",
+    "untrained": "within `length` there is no token of the assistant",
 }
 _ROLES = {
     "system": "system",

@@ -116,7 +116,7 @@ def prepare_dialogues(
     rejected = [row for part in found for row in part.rejected]
     empty = [part for part in found if not part.rows]
     if empty or (rejected and cfg.malformed == "fail"):
-        _settle(rejected, cfg, root, writer)
+        _settle(rejected, [], cfg, root, writer)
         raise ValueError(_no_rows(empty[0]))
 
     chosen, chat_format = _template(cfg)
@@ -125,13 +125,15 @@ def prepare_dialogues(
     )
     renderer = Renderer(used, train_on=cfg.train_on)
     made: list[tuple[_Part, Tokens | None, dict[str, Any]]] = []
+    left_out: list[Rejected] = []
     for part in found:
         name = f"{part.kind} {part.name}" if data.sources and part.name else part.kind
-        tokens, refused, counts = _examples(part.rows, renderer, cfg, length, name)
+        tokens, refused, unfit, counts = _examples(part.rows, renderer, cfg, length, name)
         rejected += refused
+        left_out += unfit
         counts = {"part": name, **counts, "rejected": len(part.rejected) + len(refused)}
         made.append((part, tokens, counts))
-    _settle(rejected, cfg, root, writer)
+    _settle(rejected, left_out, cfg, root, writer)
     for _, tokens, counts in made:
         if tokens is None:
             raise ValueError(_nothing_to_train(counts, cfg, length))
@@ -190,13 +192,19 @@ def _no_rows(part: _Part) -> str:
     )
 
 
-def _settle(rejected: list[Rejected], cfg: DialogueConfig, root: str, writer: bool) -> None:
-    """Writes down what was left out, and names it or fails for it."""
+def _settle(
+    rejected: list[Rejected],
+    left_out: list[Rejected],
+    cfg: DialogueConfig,
+    root: str,
+    writer: bool,
+) -> None:
+    """Writes down all that is not trained on, and names what is malformed or fails for it."""
     path = os.path.join(root, REJECTED)
     if writer:
         os.makedirs(root, exist_ok=True)
         with open(path + ".partial", "w") as f:
-            for row in rejected:
+            for row in [*rejected, *left_out]:
                 line = {"file": row.source, "line": row.line, "rule": row.rule}
                 f.write(json.dumps(line | {"detail": row.detail}) + "\n")
         os.replace(path + ".partial", path)
@@ -311,9 +319,10 @@ def _say_once(renderer: Renderer, chat_format: ChatFormat | None) -> None:
 
 def _examples(
     rows: list[Conversation], renderer: Renderer, cfg: DialogueConfig, length: int, name: str
-) -> tuple[Tokens | None, list[Rejected], dict[str, int]]:
-    """Rows as tokens (None: not one of them is trained), those that the template refuses, counts."""
-    texts, kept, refused, counts = [], [], [], Counter()
+) -> tuple[Tokens | None, list[Rejected], list[Rejected], dict[str, int]]:
+    """Rows as tokens (None: not one of them is trained), those that the template refuses, those
+    that do not fit `length` in a way that trains anything, counts."""
+    texts, kept, refused, unfit, counts = [], [], [], [], Counter()
     for row in rows:
         try:
             texts.append(renderer.spans(_with_system(row.messages, cfg.system), tools=row.tools))
@@ -334,6 +343,7 @@ def _examples(
     for row, (ids, trained) in zip(kept, examples, strict=True):
         if len(ids) > length and cfg.too_long == "drop":
             counts["dropped"] += 1
+            unfit.append(Rejected(row.source, row.line, "too long", f"{len(ids):,} tokens"))
             continue
         if len(ids) > length and cfg.too_long == "oldest":
             shorter = _shortened(row, renderer, cfg, length)
@@ -344,6 +354,7 @@ def _examples(
             ids, trained = ids[:length], trained[:length]
         if not trained[1:].any():  # nothing stands before the first token
             counts["untrained"] += 1
+            unfit.append(Rejected(row.source, row.line, "untrained", f"in {len(ids):,} tokens"))
             continue
         documents_.append(ids)
         masks.append(trained)
@@ -354,12 +365,13 @@ def _examples(
         **{key: counts[key] for key in ("cut", "shortened", "dropped", "untrained")},
     }
     if not documents_:
-        return None, refused, total
+        return None, refused, unfit, total
     vocab_size = renderer.tokenizer.vocab_size
     offsets = np.cumsum([0] + [len(ids) for ids in documents_])
     ids = np.concatenate(documents_).astype(dtype_of(vocab_size))
     mask = np.concatenate(masks)
-    return Tokens([ids], offsets, vocab_size=vocab_size, name=name, trained=mask), refused, total
+    made = Tokens([ids], offsets, vocab_size=vocab_size, name=name, trained=mask)
+    return made, refused, unfit, total
 
 
 def _replayed(

@@ -2,6 +2,7 @@
 
 import collections
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -226,6 +227,10 @@ def test_what_is_too_long(made, rule, answers, counts):
     names = ("cut", "shortened", "dropped", "untrained")
     assert {n: part[n] for n in names if part[n]} == counts
     assert part["examples"] == len(answers)
+    listed = [json.loads(r) for r in Path(data.directory, "rejected.jsonl").open()]
+    lines = [1, 3] if rule == "drop" else [3]
+    assert [row["line"] for row in listed] == lines and part["rejected"] == 0
+    assert {row["rule"] for row in listed} == {"too long" if rule == "drop" else "untrained"}
 
 
 def test_the_systems_turn_stays_when_the_oldest_go(made):
