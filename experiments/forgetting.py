@@ -2,7 +2,7 @@
 
     python -m experiments.forgetting --base=runs/forgetting_base --workdir=runs/forgetting
     python -m experiments.forgetting --base=runs/novels --input=DATA/text/novels \\
-        --data=DATA --tasks=sst2,cola,winogrande,en_de,stsb,wnut,en_fr,python_module \\
+        --data=DATA --tasks=en_de,sst2,cola,winogrande,stsb,wnut,en_fr,python_module \\
         --unseen=arc_easy,piqa --workdir=runs/forgetting
 
 The base model is the run in --base; if none is there yet it is trained now, as --config says (5

@@ -55,7 +55,7 @@ REMEDIES: dict[str, Remedy] = {
     "gradient norm": Remedy(
         {"optimizer.gradient_penalty": 0.04, "optimizer.gradient_penalty_radius": 0.05}
     ),
-    "L2 to the start": Remedy({"optimizer.l2_to_start": 0.1}),
+    "L2 to the start": Remedy({"optimizer.l2_to_start": 0.03}),
     "LoRA": Remedy({"peft.method": "lora", "peft.rank": 16, "peft.alpha": 32.0}),
 }
 BEFORE = "before"  # the base model's own scores, beside the runs in results.json

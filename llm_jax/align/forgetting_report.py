@@ -10,9 +10,10 @@ import numpy as np
 from llm_jax import plots, report
 
 Run = Mapping[str, Any]
+KEPT = 0.95
 RULE = (
-    "Rule: among the remedies whose gain on the target is not below the best gain by more than one "
-    "standard error of the difference, the one that forgets least wins."
+    f"Rule: among the remedies that keep {KEPT:.0%} of the best gain on the target, the one that "
+    "forgets least wins."
 )
 
 
@@ -55,13 +56,8 @@ def accuracy(run: Run, tasks: Sequence[str]) -> float | None:
 
 def winner(points: Mapping[str, tuple[Estimate, Estimate]]) -> str:
     """The remedy that RULE names, of {remedy: (forgetting, gain)}."""
-    best = max((g for _, g in points.values()), key=lambda g: g.mean)
-
-    def as_good(g: Estimate) -> bool:
-        errors = np.nan_to_num([g.error, best.error])
-        return g.mean >= best.mean - math.hypot(*errors)
-
-    good = {name: f.mean for name, (f, g) in points.items() if as_good(g)}
+    best = max(gain.mean for _, gain in points.values())
+    good = {name: lost.mean for name, (lost, gain) in points.items() if gain.mean >= KEPT * best}
     return min(good, key=good.get)
 
 

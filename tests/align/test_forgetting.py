@@ -248,15 +248,11 @@ def point(forgetting, gain, error=0.01):
 def test_the_winner_forgets_least_of_those_that_learn_as_much():
     points = {
         "plain": point(0.50, 1.000),
-        "replay": point(0.10, 0.990),  # within one error of the difference, 0.014
+        "replay": point(0.10, 0.951),  # keeps 95 % of the best gain
         "frozen": point(0.00, 0.900),  # forgets nothing because it learns less
     }
     assert winner(points) == "replay"
-    assert winner({**points, "replay": point(0.10, 0.980)}) == "plain"
-    alone = {
-        n: (Estimate(f.mean, math.nan), Estimate(g.mean, math.nan)) for n, (f, g) in points.items()
-    }
-    assert winner(alone) == "plain"  # one seed says nothing about errors
+    assert winner({**points, "replay": point(0.10, 0.949)}) == "plain"
 
 
 def result(seeds=3):
