@@ -149,6 +149,10 @@ def table(f: Findings) -> list[dict[str, Any]]:
     return rows
 
 
+def _times(n: int) -> str:
+    return "once" if n == 1 else f"{n} times"
+
+
 def _text(value: Any) -> Any:
     return str(value) if isinstance(value, Estimate) else value
 
@@ -265,6 +269,8 @@ def write(folder: str | Path, result: Mapping[str, Any]) -> Path:
     """Writes report.md and its plots; returns the path."""
     f = Findings(result)
     rows = [{k: _text(v) for k, v in row.items()} for row in table(f)]
+    known = [k for k in rows[-1] if any(row.get(k) is not None for row in rows)]
+    rows = [{k: row.get(k, "") for k in known} for row in rows]
     s = f.settings
     by_task = [
         {
@@ -282,7 +288,7 @@ def write(folder: str | Path, result: Mapping[str, Any]) -> Path:
     blocks = [
         report.Text(
             f"**Winner: {winner(f.points())}.** {RULE}\n\nTuned on {f.sizes[-1]:,} examples of "
-            f"{f.target}, seen {s['epochs']} times; errors are one standard error over seeds. Losses "
+            f"{f.target}, each seen {_times(s['epochs'])}; errors are one standard error over seeds. Losses "
             "are nats a token of the right answers; gain is by how much they fell, forgetting by how "
             "much the bits per byte of the original text rose."
         ),
