@@ -6,8 +6,8 @@
     ... --config.peft.method=lora --config.peft.base=nf4 --config.optimizer.learning_rate=5e-4
 
 The chat template is the tokenizer's own; a base model without one gets
---config.data.dialogue.template=chatml. An epoch of 1,800 examples cut at 256 tokens takes about half
-an hour on 2 cores.
+--config.data.dialogue.template=chatml. An epoch of 1,800 examples cut at 256 tokens takes an hour on 2
+cores.
 """
 
 from llm_jax.config import (
