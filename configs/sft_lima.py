@@ -4,7 +4,8 @@
         --input=lima_1029.json,turns.jsonl --workdir=runs/lima
 
 Rows of 1,024 tokens; of a longer conversation the oldest exchanges go. `turns.jsonl` may be what
-`experiments.self_instruct --turns` makes. A pass over LIMA's 1,029 answers takes an hour on 2 cores.
+`experiments.self_instruct --turns` makes. A pass over LIMA's 1,029 answers takes two
+hours on 2 cores.
 """
 
 from llm_jax.config import (

@@ -59,7 +59,12 @@ def test_a_run_counts_what_it_left_out_and_answers(base, damaged, tmp_path):
     assert [row["line"] for row in rejected] == [4, 5, 23]
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["eval_loss"] < summary["eval_loss_at_start"]
-    assert "| train | 18 |" in (tmp_path / "run/report.md").read_text()
+    report = (tmp_path / "run/report.md").read_text()
+    assert "| train | 18 |" in report
+    for step in (0, 4):
+        for prompt in ("What is os.path.join?", "What does json.loads do?"):
+            assert f"**Step {step}, prompt '{prompt}'**\n\n```\n" in report
+    assert "```\nWhat is os.path.join?" not in report  # an answer is a turn of its own
     asked = run_binary(
         "generate",
         f"--checkpoint={tmp_path / 'run'}",

@@ -172,15 +172,15 @@ def write_report(
                 ylabel=f"share (even: {1 / cfg.model.moe.n_experts:.3f})",
             )
         )
-    samples = _samples(workdir)
-    if samples:
+    if samples := _samples(workdir):
         blocks.append(report.Text("## Samples"))
-        last = max(s["step"] for s in samples)
-        shown = [s for s in samples if s["step"] == last] or samples[-1:]
-        first = min(s["step"] for s in samples)
-        for s in [s for s in samples if s["step"] == first and first != last][:1] + shown:
+        first, last = (pick(s["step"] for s in samples) for pick in (min, max))
+        # A text goes on where its prompt ends; an answer is a turn of its own.
+        continues = cfg.data.format != "dialogue"
+        for s in [s for s in samples if s["step"] in (first, last)]:
             prompt = f", prompt {s['prompt']!r}" if s["prompt"] else ""
-            blocks.append(report.Code(s["prompt"] + s["text"], caption=f"Step {s['step']}{prompt}"))
+            text = s["prompt"] + s["text"] if continues else s["text"]
+            blocks.append(report.Code(text, caption=f"Step {s['step']}{prompt}"))
     blocks.append(report.Text("## Data"))
     blocks += [
         report.Table(corpus.parts()),
