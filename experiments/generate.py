@@ -60,28 +60,24 @@ def main(argv: list[str]) -> None:
     import llm_jax
 
     model = llm_jax.load(_CHECKPOINT.value, base=_BASE.value, tokenizer=_TOKENIZER.value)
-    given = prompts
+    sampling = {
+        "max_new_tokens": _MAX_NEW_TOKENS.value,
+        "temperature": _TEMPERATURE.value,
+        "top_k": _TOP_K.value,
+        "top_p": _TOP_P.value,
+        "min_p": _MIN_P.value,
+        "repetition_penalty": _REPETITION_PENALTY.value,
+        "stop": _STOP.value,
+        "seed": _SEED.value,
+    }
     if _SYSTEM.value and not _CHAT.value:
         raise ValueError("--system is for --chat")
     if _CHAT.value:
         system = [{"role": "system", "content": _SYSTEM.value}] if _SYSTEM.value else []
-        given = [
-            model.tokenizer.apply_chat_template(
-                [*system, {"role": "user", "content": prompt}], add_generation_prompt=True
-            )
-            for prompt in prompts
-        ]
-    completions = model.complete(
-        given,
-        max_new_tokens=_MAX_NEW_TOKENS.value,
-        temperature=_TEMPERATURE.value,
-        top_k=_TOP_K.value,
-        top_p=_TOP_P.value,
-        min_p=_MIN_P.value,
-        repetition_penalty=_REPETITION_PENALTY.value,
-        stop=_STOP.value,
-        seed=_SEED.value,
-    )
+        asked = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
+        completions = model.answers(asked, **sampling)
+    else:
+        completions = model.complete(prompts, **sampling)
     for i, (prompt, out) in enumerate(zip(prompts, completions, strict=True)):
         if _JSON.value:
             record = {

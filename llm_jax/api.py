@@ -30,6 +30,7 @@ class Model:
       params: its parameter tree.
       tokenizer: its tokenizer.
       trained: of an adapted model, what was trained of `params`; else None.
+      path: where it was loaded from (of an adapted model, its base); "" for none.
     """
 
     def __init__(
@@ -39,9 +40,10 @@ class Model:
         tokenizer: Any,
         mesh: jax.sharding.Mesh,
         trained: PyTree | None = None,
+        path: str = "",
     ):
         self.config, self.params, self.tokenizer, self.mesh = config, params, tokenizer, mesh
-        self.trained = trained
+        self.trained, self.path = trained, path
         host_memory.fit(sum(x.nbytes for x in jax.tree.leaves(params)))
 
     def logits(self, tokens: Any) -> Array:
@@ -92,9 +94,16 @@ class Model:
     def chat(self, messages: Sequence[dict[str, Any]], **sampling: Any) -> str:
         """The assistant's answer to `messages` ({"role": ..., "content": ...}), in the tokenizer's
         chat template."""
-        sampling.setdefault("stop", self.config.tokenizer.stop)
-        ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        return self.generate([ids], **sampling)[0].strip()
+        return self.answers([messages], **sampling)[0].text.strip()
+
+    def answers(
+        self, conversations: Sequence[Sequence[dict[str, Any]]], **sampling: Any
+    ) -> list[Completion]:
+        """`chat`, of several conversations at once, as completions: they end at `stop` and where the
+        model was taught to end an answer."""
+        sampling["stop"] = [*sampling.get("stop", ()), *self.config.tokenizer.stop]
+        render = partial(self.tokenizer.apply_chat_template, add_generation_prompt=True)
+        return self.complete([render(messages) for messages in conversations], **sampling)
 
     def with_adapter(self, path: str | Path) -> "Model":
         """This model with what a run with PEFT, or a Hugging Face PEFT folder, trained on it. Its
@@ -102,7 +111,8 @@ class Model:
 
         Raises:
           FileNotFoundError: no adapter there.
-          ValueError: an adapter of another model, or this model has one already.
+          ValueError: an adapter of another model, a run on other weights, or this model has an
+            adapter already.
         """
         if self.trained is not None:
             raise ValueError("this model has an adapter; take the base, or merged()")
@@ -115,12 +125,13 @@ class Model:
                 raise ValueError(f"{path} is a whole model, not an adapter; load it")
             for part in ("peft", "data", "tokenizer"):
                 setattr(config, part, configs.thaw(getattr(run, part)))
-            config.checkpoint.init_from = run.checkpoint.init_from
+            base_model.check_base(path, run, self.params)
             trained = base_model.load_trained(path, run, self.mesh)
             tokenizer = checkpoint.load_tokenizer(path)
+        config.checkpoint.init_from = self.path
         config = configs.freeze(config)
         params = base_model.tuned(self.params, trained, config)
-        return Model(config, params, tokenizer, self.mesh, trained)
+        return Model(config, params, tokenizer, self.mesh, trained, self.path)
 
     def merged(self) -> "Model":
         """The same model with plain arrays: adapters added to their matrices, quantised ones as
@@ -147,8 +158,7 @@ class Model:
         """
         if self.trained is None:
             raise ValueError("this model has no adapter; save or export it")
-        base = self.config.checkpoint.init_from
-        peft_format.save(folder, self.trained, self.config.peft, self.config.model, base=base)
+        peft_format.save(folder, self.trained, self.config.peft, self.config.model, base=self.path)
 
     def save(self, folder: str | Path) -> None:
         """Writes a checkpoint into a new folder, from which `load`, every binary and
@@ -239,25 +249,35 @@ def load(
     """
     devices = jax.devices()[:1] if mesh is None else None
     device_mesh = sharding.make_mesh(mesh or MeshConfig(), devices)
+
+    def adapted(named: str | Path) -> Model:
+        whole = load(base or named, tokenizer=tokenizer, mesh=mesh, dtype=dtype)
+        if whole.trained is not None:  # tuned on what was tuned
+            whole = whole.merged()
+        model = whole.with_adapter(path)
+        if tokenizer:
+            model.tokenizer = whole.tokenizer
+        return model
+
     if peft_format.is_folder(path):
-        found = base or peft_format.base_of(path)
-        return load(found, tokenizer=tokenizer, mesh=mesh, dtype=dtype).with_adapter(path)
+        return adapted("" if base else peft_format.base_of(path))
+    where = str(Path(path).expanduser().absolute())
     source = source or pretrained.kind(path)
     if source in pretrained.FORMATS:
         _no_base(path, base)
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         found = pretrained.load(path, device_mesh, source=source, tokenizer=tokenizer, dtype=dtype)
         config = imported_config(found)
-        return Model(config, found.params, found.tokenizer, device_mesh)
+        return Model(config, found.params, found.tokenizer, device_mesh, path=where)
     config = checkpoint.load_config(path)
     if config.peft.method != "none":
-        found = base or base_model.base_of(path, config)
-        return load(found, tokenizer=tokenizer, mesh=mesh, dtype=dtype).with_adapter(path)
+        return adapted("" if base else base_model.base_of(path, config))
     _no_base(path, base)
     specs = models.family(config.model.family).specs(config.model)
     params = checkpoint.load_params(path, specs, device_mesh)
     own = tokenizers.load(tokenizer) if tokenizer else checkpoint.load_tokenizer(path)
-    return Model(config, params, own, device_mesh)
+    folder, step = checkpoint.locate(path)
+    return Model(config, params, own, device_mesh, path=str(folder / str(step)))
 
 
 def _no_base(path: str | Path, base: str | Path | None) -> None:

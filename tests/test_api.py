@@ -5,6 +5,7 @@ import pytest
 from runs import run_config
 
 import llm_jax
+from llm_jax import config as configs
 from llm_jax.train import loop
 
 
@@ -42,6 +43,23 @@ def test_generate_is_text_and_repeats(model):
     a = model.generate(["a rose", "is"], max_new_tokens=5, temperature=1.0, seed=4)
     assert a == model.generate(["a rose", "is"], max_new_tokens=5, temperature=1.0, seed=4)
     assert len(a) == 2 and all(isinstance(t, str) for t in a)
+
+
+def test_answers_end_where_the_model_was_taught_to(model):
+    own = model.config
+    try:
+        model.tokenizer.chat_template = "{{ messages[0].content }}"
+        asked = [[{"role": "user", "content": text}] for text in ("a rose", "is")]
+        greedy = {"temperature": 0.0, "max_new_tokens": 12}
+        long = [out.text for out in model.answers(asked, **greedy)]
+        assert long == model.generate(["a rose", "is"], add_bos=False, **greedy)
+        model.config = configs.thaw(own)
+        model.config.tokenizer.stop = (long[0][3],)
+        short = model.answers(asked, **greedy)
+        assert [out.text for out in short] == [text.split(long[0][3])[0] for text in long]
+        assert model.chat(asked[0], stop=[long[0][1]], **greedy) == long[0][:1].strip()
+    finally:
+        model.config, model.tokenizer.chat_template = own, None
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ differentiated, the optimizer has no state of them, and no checkpoint holds them
 n most probable tokens are written to disk once (`teacher.TopK`), and it is gone in training.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from llm_jax import config as configs
 from llm_jax import models
 from llm_jax.compression.teacher import (
     Teacher,
+    check_teacher,
     check_tokenizer,
-    check_vocabulary,
     describe_teacher,
     load_teacher,
     prepare_top_k,
@@ -35,6 +36,7 @@ from llm_jax.train.task import Task
 from llm_jax.types import Array, Batch, PyTree, Scores
 
 TEACHER = "teacher"  # where the whole tree has the teacher's parameters
+RECORD = "distill.json"  # of a run: its teacher and its DistillConfig
 
 
 def make_online_loss(cfg: TrainConfig, distill: DistillConfig, teacher: ModelConfig) -> LossFn:
@@ -105,7 +107,7 @@ def make_task(
     """
     check(cfg, distill)
     check_tokenizer(teacher.tokenizer, corpus.tokenizer)
-    check_vocabulary(teacher.cfg, cfg.model)
+    check_teacher(teacher.cfg, cfg)
     notes = {
         "teacher_params": nn_params.count(teacher.specs),
         "teacher_eval_loss": _teacher_loss(teacher, cfg, corpus, mesh),
@@ -138,6 +140,11 @@ def check(cfg: TrainConfig, distill: DistillConfig) -> None:
     if distill.top_k < 0:
         raise ValueError(f"--top_k={distill.top_k} has to be at least 0")
     distillation.divergence(distill.divergence, distill.beta)
+    if distill.top_k and cfg.data.packing == "bucket":
+        raise ValueError(
+            f"--top_k={distill.top_k} keeps rows of one length, and data.packing=bucket makes several; "
+            "use data.packing=first_fit, or --top_k=0"
+        )
     if cfg.label_smoothing:
         raise ValueError(
             f"label_smoothing={cfg.label_smoothing}: in distillation the teacher's distribution takes "
@@ -164,21 +171,38 @@ def train(
     workdir = Path(workdir)
     teacher_cfg, tokenizer = describe_teacher(teacher_path)
     if cfg.checkpoint.init_from:
-        check_tokenizer(tokenizer, base_model.load_tokenizer(cfg.checkpoint.init_from))
+        own = base_model.load_tokenizer(cfg.checkpoint.init_from)
+        check_tokenizer(tokenizer, own)
+        tokenizer = own  # with its chat template
     if not cfg.tokenizer.path:
-        kept = workdir / "tokenizer"
-        cfg.tokenizer.path = distributed.from_main(
-            "tokenizer", lambda: tokenizer.save(kept) or str(kept)
-        )
+        cfg.tokenizer.path = base_model.keep_tokenizer(tokenizer, workdir)
     cfg.model.vocab_size = cfg.model.vocab_size or teacher_cfg.vocab_size
+    record: dict[str, Any] = {"teacher": str(Path(teacher_path).expanduser().absolute())}
 
     def task(cfg: TrainConfig, mesh: jax.sharding.Mesh, corpus: Corpus, loader: Any) -> Task:
         teacher = load_teacher(teacher_path, mesh)
+        record["weights"] = nn_params.fingerprint(teacher.params)
+        record.update(configs.to_dict(distill))
         if distributed.is_main():
-            write_json(str(workdir / "distill.json"), configs.to_dict(distill))
+            _note_changes(workdir, record)
         return make_task(cfg, mesh, corpus, loader, distill=distill, teacher=teacher)
 
-    return loop.train(cfg, workdir, task=task, **options)
+    summary = loop.train(cfg, workdir, task=task, **options)
+    if distributed.is_main() and not options.get("dry_run"):
+        write_json(str(workdir / RECORD), record)
+    return summary
+
+
+def _note_changes(workdir: Path, record: dict[str, Any]) -> None:
+    """Says what differs from the record of a run that goes on; writes that of a new one."""
+    path = workdir / RECORD
+    if not path.exists() or not any(workdir.glob("checkpoints/[0-9]*")):
+        write_json(str(path), record)
+        return
+    known = json.loads(path.read_text())
+    for name in record:
+        if name != "teacher" and known.get(name) != record[name]:
+            print(f"note: this run goes on with {name}={record[name]!r} (was {known.get(name)!r})")
 
 
 def _teacher_loss(

@@ -1,6 +1,7 @@
 """The model that a student learns from: loaded, compared with the student's vocabulary, and its most
 probable tokens written to disk."""
 
+import copy
 import hashlib
 import json
 import shutil
@@ -61,22 +62,35 @@ def load_teacher(path: str | Path, mesh: jax.sharding.Mesh) -> Teacher:
     return Teacher(cfg, params, specs, tokenizer)
 
 
-def check_vocabulary(teacher: ModelConfig, student: ModelConfig) -> None:
-    """Raises ValueError if the two have different vocabularies."""
-    if teacher.vocab_size != student.vocab_size:
+def check_teacher(teacher: ModelConfig, cfg: TrainConfig) -> None:
+    """Raises ValueError if the two have different vocabularies, or the run longer rows than the
+    teacher has positions."""
+    if teacher.vocab_size != cfg.model.vocab_size:
         raise ValueError(
             f"the teacher has a vocabulary of {teacher.vocab_size} tokens and the student "
-            f"(model.vocab_size) one of {student.vocab_size}; distillation compares them token by "
+            f"(model.vocab_size) one of {cfg.model.vocab_size}; distillation compares them token by "
             "token, so give the student the teacher's tokenizer (tokenizer.path)"
+        )
+    if teacher.positions == "learned" and cfg.length > teacher.max_length:
+        raise ValueError(
+            f"length={cfg.length} is longer than the {teacher.max_length} positions that the teacher "
+            "has learned; lower it"
         )
 
 
 def check_tokenizer(teacher: Any, student: Any) -> None:
-    """Raises ValueError if an id stands for different tokens."""
-    if teacher.fingerprint() != student.fingerprint():
+    """Raises ValueError if an id stands for different tokens. Chat templates may differ."""
+
+    def vocabulary(tokenizer: Any) -> str:
+        plain = copy.copy(tokenizer)
+        plain.chat_template = None
+        return plain.fingerprint()
+
+    if vocabulary(teacher) != vocabulary(student):
         raise ValueError(
-            f"the teacher's tokenizer ({teacher.fingerprint()}) and the student's "
-            f"({student.fingerprint()}) differ; leave tokenizer.path empty to take the teacher's"
+            "the teacher's tokenizer and the student's have other tokens; distillation compares them "
+            "token by token, so start from a student with the teacher's, or leave tokenizer.path and "
+            "--init_from empty to take it"
         )
 
 

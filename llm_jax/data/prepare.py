@@ -315,7 +315,9 @@ def training_options(config: TokenizerConfig) -> dict:
     return {name: getattr(config, name) for name in names}
 
 
-def save_tokenizer(tokenizer: tokenizers.Tokenizer, folder: str, origin: list | None) -> None:
+def save_tokenizer(
+    tokenizer: tokenizers.Tokenizer, folder: str, origin: list | None = None
+) -> None:
     """Writes a tokenizer in one move."""
     partial = folder + ".partial"
     shutil.rmtree(partial, ignore_errors=True)

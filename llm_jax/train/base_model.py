@@ -1,5 +1,6 @@
 """The model that a run starts from (`checkpoint.init_from`): a run of ours, or one of another format."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,12 @@ import jax
 from llm_jax import config as configs
 from llm_jax import models
 from llm_jax.config import MoEConfig, TrainConfig
-from llm_jax.interop import pretrained
+from llm_jax.data.prepare import save_tokenizer
+from llm_jax.interop import peft_format, pretrained
 from llm_jax.interop.weights import Hold
-from llm_jax.nn.params import flatten, unflatten
+from llm_jax.nn.params import digest, fingerprint, flatten, unflatten
 from llm_jax.peft import lora
-from llm_jax.train import checkpoint
+from llm_jax.train import checkpoint, distributed
 from llm_jax.train.tuning import make_tuning
 from llm_jax.types import PyTree
 
@@ -29,21 +31,41 @@ RECIPES = (
     "pipeline_turns",
     "dropout",
     "embed_noise",
+    "cache_dtype",
 )
 RECIPES_EXPERTS = ("implementation", "dispatch", "capacity_factor", "chunk")
 
 
-def adopt(cfg: TrainConfig, path: str | Path) -> None:
+def adopt(cfg: TrainConfig, path: str | Path, asked: Iterable[str] = ()) -> None:
     """Makes a recipe go on from the model at `path`, in place: its architecture, its weights, its
-    tokenizer, and how its texts start and end.
+    tokenizer, and how its texts start and end. Of a run it is the last step that counts now.
+
+    Args:
+      asked: keys of `cfg` that the user has set ("model.dtype").
 
     Raises:
-      FileNotFoundError, ValueError: as `llm_jax.load` does.
+      FileNotFoundError: as `llm_jax.load` does.
+      ValueError: so too; an adapter's folder; a key in `asked` that the model at `path` decides.
     """
+    own = [f"model.{name}" for name in RECIPES] + [f"model.moe.{name}" for name in RECIPES_EXPERTS]
+    for key in asked:
+        if key.startswith(("model.", "tokenizer.")) and key not in own:
+            raise ValueError(
+                f"--config.{key} is decided by --init_from={path}, whose weights and tokenizer go on; "
+                "drop one of the two"
+            )
+    if peft_format.is_folder(path):
+        raise ValueError(
+            f"--init_from={path} is an adapter; merge it first: python -m experiments.convert "
+            f"--from=peft --input={path} --to=llm_jax --output=DIR"
+        )
+    path = Path(path).expanduser().absolute()
     if pretrained.kind(path):
         found = pretrained.load(path, None)
         model, adds_bos, ends, stop = found.model, found.adds_bos, found.end_tokens, ()
     else:
+        folder, step = checkpoint.locate(path)
+        path = folder / str(step)
         base = checkpoint.load_config(path)
         model, adds_bos = configs.thaw(base.model), base.data.add_bos
         ends, stop = base.tokenizer.end_tokens, base.tokenizer.stop
@@ -54,7 +76,7 @@ def adopt(cfg: TrainConfig, path: str | Path) -> None:
         setattr(experts, name, getattr(cfg.model.moe, name))
     cfg.model = model
     cfg.data.add_bos, cfg.tokenizer.end_tokens, cfg.tokenizer.stop = adds_bos, ends, stop
-    cfg.checkpoint.init_from, cfg.tokenizer.path = str(Path(path).expanduser().absolute()), ""
+    cfg.checkpoint.init_from, cfg.tokenizer.path = str(path), ""
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -62,6 +84,26 @@ def load_tokenizer(path: str | Path) -> Any:
     if pretrained.kind(path):
         return pretrained.load(path, None).tokenizer
     return checkpoint.load_tokenizer(path)
+
+
+def keep_tokenizer(tokenizer: Any, workdir: Path) -> str:
+    """Makes it that of a run in `workdir`, in place of another; returns its folder."""
+    folder = str(workdir / "tokenizer")
+    return distributed.from_main("tokenizer", lambda: save_tokenizer(tokenizer, folder) or folder)
+
+
+def load_base(
+    path: str | Path, specs: PyTree, mesh: jax.sharding.Mesh, hold: Hold
+) -> tuple[PyTree, str]:
+    """`load_params`, and the fingerprint of the parameters as they were before `hold`."""
+    seen = {}
+
+    def watched(name: str, leaf: PyTree) -> PyTree:
+        seen[name] = digest(leaf)
+        return hold(name, leaf)
+
+    params = load_params(path, specs, mesh, watched)
+    return params, fingerprint(unflatten(seen))
 
 
 def load_params(
@@ -83,6 +125,7 @@ def load_params(
     else:
         trained = load_trained(path, cfg, mesh)
         base = load_params(base_of(path, cfg), specs, mesh)
+        check_base(path, cfg, base)
         params = lora.merge(tuned(base, trained, cfg))
         checkpoint.check_shapes(specs, params, str(path))
     if hold is None:
@@ -103,6 +146,15 @@ def base_of(path: str | Path, cfg: TrainConfig) -> Path:
             "say where it is now with --base (base=)"
         )
     return base
+
+
+def check_base(path: str | Path, cfg: TrainConfig, params: PyTree) -> None:
+    """Raises ValueError if a run with PEFT, whose config is `cfg`, was trained on other parameters."""
+    if fingerprint(params) != checkpoint.load_identity(path).get(checkpoint.BASE):
+        raise ValueError(
+            f"{path} was trained on other weights than these: on {cfg.checkpoint.init_from} as it was "
+            "then; name a copy of that model with --base (base=), or tune anew"
+        )
 
 
 def load_trained(path: str | Path, cfg: TrainConfig, mesh: jax.sharding.Mesh) -> PyTree:

@@ -3,7 +3,7 @@
     DIR/<step>/params     the whole parameter tree (float32 masters); with PEFT what it trains
               /training   optimizer state, step, key, moving average
               /config     the run's config        /tokenizer  its files
-              /data       what the order of the data depends on, and the step
+              /data       what the order of the data depends on, with PEFT the base; and the step
 
 A step folder is complete or absent: Orbax writes it under another name and renames it at the end.
 Orbax is used here and nowhere else.
@@ -31,6 +31,7 @@ from llm_jax.train.tuning import without
 from llm_jax.types import PyTree, TrainState
 
 ITEMS = ("params", "training", "config", "tokenizer", "data")
+BASE = "base"  # in "data": the fingerprint of what PEFT tunes
 
 
 @contextlib.contextmanager
@@ -125,6 +126,10 @@ class Checkpoints:
                 f"No space left on device ({need / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free)"
             )
 
+    def tunes(self, base: str) -> None:
+        """Names the base, by its fingerprint: it is compared in `restore`, and saved."""
+        self._data[BASE] = base
+
     def latest(self) -> int | None:
         """The last whole checkpoint's step, or None."""
         return self._manager.latest_step()
@@ -141,7 +146,7 @@ class Checkpoints:
         `target`'s own.
 
         Raises:
-          ValueError: the checkpoint is damaged, or belongs to another model, seed or data.
+          ValueError: the checkpoint is damaged, or belongs to another model, base, seed or data.
         """
         folder = self.directory / str(step)
         saved = _read_json(self.directory, step, "data")
@@ -331,6 +336,11 @@ def load_config(path: str | Path, cls: type = TrainConfig) -> TrainConfig:
     directory, step = locate(path)
     values = _read_json(directory, step, "config")
     return configs.freeze(configs.from_dict(cls, values, where=f"{directory / str(step)}/config"))
+
+
+def load_identity(path: str | Path) -> dict[str, Any]:
+    """What a run's data, and with PEFT its base, are known by."""
+    return _read_json(*locate(path), "data")
 
 
 def load_tokenizer(path: str | Path) -> Any:

@@ -103,10 +103,8 @@ def train(
             "--init_from (checkpoint.init_from)"
         )
     if cfg.checkpoint.init_from and not cfg.tokenizer.path:
-        base, kept = base_model.load_tokenizer(cfg.checkpoint.init_from), workdir / "tokenizer"
-        cfg.tokenizer.path = distributed.from_main(
-            "tokenizer", lambda: base.save(kept) or str(kept)
-        )
+        tokenizer = base_model.load_tokenizer(cfg.checkpoint.init_from)
+        cfg.tokenizer.path = base_model.keep_tokenizer(tokenizer, workdir)
     configs.validate(cfg)
     corpus = inputs.prepare(cfg, workdir)
     configs.resolve_model(
@@ -133,7 +131,6 @@ def train(
         run = _Run(cfg, workdir, corpus, loader, program, made, peak, compare)
         if dry_run:
             return run.describe()
-        environment.write(workdir, cfg, corpus.tokenizer.fingerprint(), run.loader.identity)
         return run.train(begin)
 
 
@@ -213,20 +210,22 @@ class _Run:
             self._say(f"resuming from step {latest} in {checkpoints.directory}")
             target = abstract_state(self.program)
             if cfg.peft.method != "none":  # the base is not in the checkpoint
-                target = target.replace(frozen=self._from_base(key).frozen)
+                target = target.replace(frozen=self._from_base(key, checkpoints).frozen)
             elif others := self.task.params:  # nor are other models
                 target = target.replace(frozen={**target.frozen, **others})
             return checkpoints.restore(target, latest)
         if cfg.checkpoint.init_from:
             self._say(f"starting from the parameters of {cfg.checkpoint.init_from}")
-            return self._from_base(key)
+            return self._from_base(key, checkpoints)
         return self.program.init(key, self.task.params)
 
-    def _from_base(self, key: jax.Array) -> TrainState:
-        program = self.program
-        params = base_model.load_params(
-            self.cfg.checkpoint.init_from, program.specs, program.mesh, program.tuning.hold
-        )
+    def _from_base(self, key: jax.Array, checkpoints: Checkpoints) -> TrainState:
+        program, asked = self.program, (self.cfg.checkpoint.init_from, self.program.specs)
+        if program.tuning.hold is None:
+            params = base_model.load_params(*asked, program.mesh)
+        else:
+            params, base = base_model.load_base(*asked, program.mesh, program.tuning.hold)
+            checkpoints.tunes(base)
         return program.start(params, key, self.task.params)
 
     # The loop ----------------------------------------------------------------------------------
@@ -255,6 +254,8 @@ class _Run:
             )
             if finished.exists():
                 return json.loads(finished.read_text())
+        hash = self.corpus.tokenizer.fingerprint()
+        environment.write(self.workdir, cfg, hash, self.loader.identity)
         self.log = MetricsLog(
             self.workdir, step=start, tensorboard=cfg.log.tensorboard, active=self.main
         )

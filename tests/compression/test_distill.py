@@ -17,8 +17,8 @@ from llm_jax import models, sharding
 from llm_jax.compression import distill
 from llm_jax.compression.teacher import (
     Teacher,
+    check_teacher,
     check_tokenizer,
-    check_vocabulary,
     prepare_top_k,
 )
 from llm_jax.config.tuning import DistillConfig
@@ -128,15 +128,22 @@ def test_the_whole_vocabulary_on_disk_is_the_teacher_in_the_step(teacher, online
 def test_another_vocabulary_and_bad_numbers_are_named():
     cfg = small_student()
     with pytest.raises(ValueError, match=r"64 tokens .* 53; .*tokenizer\.path"):
-        check_vocabulary(tiny_model(vocab_size=64), cfg.model)
+        check_teacher(tiny_model(vocab_size=64), cfg)
+    with pytest.raises(ValueError, match=r"length=16 is longer than the 8 positions"):
+        check_teacher(tiny_model(positions="learned", max_length=8), cfg)
+    with pytest.raises(ValueError, match=r"data\.packing=bucket"):
+        distill.check(small_student(**{"data.packing": "bucket"}), DistillConfig(top_k=4))
     for key, value in [("alpha", 1.5), ("temperature", 0.0), ("top_k", -1)]:
         with pytest.raises(ValueError, match=f"--{key}={value}"):
             distill.check(cfg, DistillConfig(**{key: value}))
     with pytest.raises(ValueError, match="label_smoothing"):
         distill.check(small_student(label_smoothing=0.1), DistillConfig())
     byte, words = simple.train_bytes(), simple.train_words(["a b"], vocab_size=10)
-    with pytest.raises(ValueError, match="differ; leave tokenizer"):
+    with pytest.raises(ValueError, match=r"have other tokens; .* leave tokenizer\.path"):
         check_tokenizer(byte, words)
+    chatting = simple.train_bytes()
+    chatting.chat_template = "{{ messages }}"
+    check_tokenizer(byte, chatting)  # no id stands for another token
 
 
 def sampled(teacher: Teacher, rows: int, seed: int) -> np.ndarray:
@@ -196,14 +203,14 @@ def teacher_run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("top_k", [0, 5])
-def test_a_run_leaves_a_student_that_loads(corpus, teacher_run, tmp_path, top_k):
+def test_a_run_leaves_a_student_that_loads(corpus, teacher_run, tmp_path, capsys, top_k):
     changes = {"steps": 4, "optimizer.warmup_steps": 0, "model.d_model": 16, "model.n_layers": 1}
     changes |= {"eval.sample_tokens": 0, "eval.at_start": True, "checkpoint.every": 2}
 
-    def run():
+    def run(**settings):
         cfg = run_config(corpus, **changes)
         cfg.tokenizer.kind = "character"  # of no effect: the teacher's is taken
-        settings = DistillConfig(top_k=top_k)
+        settings = DistillConfig(top_k=top_k, **settings)
         return distill.train(cfg, settings, teacher_run, tmp_path / "student")
 
     summary = run()
@@ -222,3 +229,8 @@ def test_a_run_leaves_a_student_that_loads(corpus, teacher_run, tmp_path, top_k)
     # A run that was stopped goes on, teacher and all.
     shutil.rmtree(tmp_path / "student/checkpoints/4")
     assert run()["eval_loss"] == summary["eval_loss"]
+    assert "goes on with" not in capsys.readouterr().out
+    run(alpha=0.25)
+    assert "note: this run goes on with alpha=0.25 (was 0.5)\n" in capsys.readouterr().out
+    record = json.loads((tmp_path / "student/distill.json").read_text())
+    assert record["teacher"] == str(teacher_run) and record["top_k"] == top_k

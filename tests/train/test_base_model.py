@@ -63,6 +63,25 @@ def test_and_leaves_as_what_it_was(corpus, folder, tmp_path):
     assert all(moved)
 
 
+def test_what_the_model_decides_is_not_asked_for(corpus, folder, tmp_path):
+    for key in ("model.n_layers", "model.rope_scaling", "tokenizer.path"):
+        with pytest.raises(ValueError, match=f"--config.{key} is decided by --init_from"):
+            base_model.adopt(run_config(corpus), folder, ["steps", key])
+    base_model.adopt(run_config(corpus), folder, ["steps", "model.dtype", "model.moe.chunk"])
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is an adapter; merge it first: .*--from=peft"):
+        base_model.adopt(run_config(corpus), tmp_path)
+
+
+def test_a_kept_tokenizer_takes_the_place_of_another(tmp_path):
+    tokenizer = tokenizers.train("byte", [])
+    tokenizer.chat_template = "{{ messages }}"
+    base_model.keep_tokenizer(tokenizer, tmp_path)
+    tokenizer.chat_template = None
+    kept = base_model.keep_tokenizer(tokenizer, tmp_path)
+    assert tokenizers.load(kept).chat_template is None
+
+
 def test_another_architecture_is_an_error(corpus, folder, tmp_path):
     cfg = adopted(corpus, folder)
     cfg.model.d_ff += 8

@@ -1,5 +1,6 @@
 """PEFT in a run: what is trained, saved, resumed and loaded."""
 
+import json
 import shutil
 import weakref
 
@@ -91,6 +92,27 @@ def test_tuning_goes_on_from_a_tuned_run(corpus, tuned, tmp_path):
     workdir, summary = tuned
     second = tune(corpus, workdir, tmp_path / "second", **{"eval.at_start": True})
     np.testing.assert_allclose(second["eval_loss_at_start"], summary["eval_loss"], rtol=1e-5)
+    merged, ids = llm_jax.load(workdir).merged(), np.arange(20)[None]
+    on_it = llm_jax.load(tmp_path / "second")  # its base has an adapter of its own
+    assert float(abs(on_it.logits(ids) - merged.logits(ids)).max()) > 1e-3
+
+
+def test_another_base_is_refused(corpus, base, tmp_path):
+    """A base that was trained on, or replaced, since."""
+    folder = tmp_path / "base"
+    held = llm_jax.load(base)
+    held.save(folder)
+    tune(corpus, folder, tmp_path / "run", steps=3)
+    same = llm_jax.load(tmp_path / "run", base=base)
+    assert same.path == str(base / "checkpoints" / "12")
+    held.params = jax.tree.map(lambda x: 1.01 * x, held.params)
+    shutil.rmtree(folder)
+    held.save(folder)
+    for given in (None, folder):
+        with pytest.raises(ValueError, match="trained on other weights than these"):
+            llm_jax.load(tmp_path / "run", base=given)
+    with pytest.raises(ValueError, match="was trained with another base"):
+        tune(corpus, folder, tmp_path / "run", steps=4)
 
 
 def test_a_quantised_base(corpus, base, tmp_path):
@@ -210,6 +232,9 @@ def test_adapters_share_one_base_and_come_back_from_a_peft_folder(base, tuned, t
         "adapter_model.safetensors",
     ]
     again = llm_jax.load(tmp_path / "adapter", base=base)
+    again.save_adapter(tmp_path / "copy")
+    named = json.loads((tmp_path / "copy" / "adapter_config.json").read_text())
+    assert named["base_model_name_or_path"] == str(base / "checkpoints" / "12")
     np.testing.assert_allclose(again.logits(ids), first.logits(ids), atol=1e-5)
     assert float(abs(first.logits(ids) - held.logits(ids)).max()) > 1e-3
     with pytest.raises(ValueError, match="has an adapter"):
