@@ -131,7 +131,17 @@ class Training:
             cfg.data.eval_inputs = tuple(self._flags["eval_input"].value)
         if self._flags["init_from"].value:
             cfg.checkpoint.init_from = self._flags["init_from"].value
+        if "steps" in (asked := self._asked()):
+            if "epochs" in asked and cfg.epochs:
+                raise ValueError("--config.steps and --config.epochs both say how long; drop one")
+            cfg.epochs = 0  # of the recipe
         return cfg
+
+    def _asked(self) -> list[str]:
+        """Keys of the recipe that a flag has set."""
+        from ml_collections import config_flags
+
+        return list(config_flags.get_override_values(flags.FLAGS["config"]))
 
     def run(self, cfg: TrainConfig, train: Callable[..., dict[str, Any]]) -> None:
         """Joins the job, if this is one of several processes, makes the recipe go on from what
@@ -145,7 +155,7 @@ class Training:
             from llm_jax.train import base_model, distributed
 
             if self._flags["init_from"].value:
-                base_model.adopt(cfg, self._flags["init_from"].value)
+                base_model.adopt(cfg, self._flags["init_from"].value, self._asked())
             summary = train(workdir, dry_run=dry_run, debug=self._flags["debug"].value)
             if distributed.is_main() and not dry_run:
                 show_run(summary, workdir)

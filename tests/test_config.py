@@ -55,6 +55,13 @@ def test_round_trips(tmp_path):
         ({"model.positions": "learned", "model.max_length": 8, "length": 16}, "model.max_length"),
         ({"model.rope_scaling": "yarn"}, "rope_original_length"),
         ({"model.dropout": 1.0}, "dropout"),
+        ({"model.embed_noise": -1.0}, "model.embed_noise=-1.0"),
+        ({"epochs": -1.0}, "epochs=-1.0"),
+        ({"peft.rank": 0}, "peft.rank=0"),
+        ({"peft.dropout": 1.5}, "peft.dropout=1.5"),
+        ({"peft.targets": "("}, "peft.targets: '(' is no regular expression"),
+        ({"peft.also": ("[",)}, "peft.also: '[' is no regular expression"),
+        ({"optimizer.freeze_rules": (("*", True),)}, "optimizer.freeze_rules: '*' is no"),
     ],
 )
 def test_validation_names_the_key(changes, message):

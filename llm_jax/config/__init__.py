@@ -18,7 +18,7 @@ from llm_jax.config.base import (
     to_dict,
     unknown_key,
 )
-from llm_jax.config.checks import CHOICES, validate
+from llm_jax.config.checks import CHOICES, check_pattern, validate
 from llm_jax.config.data import DataConfig, DialogueConfig, SourceConfig, TokenizerConfig
 from llm_jax.config.model import GATED, ModelConfig, MoEConfig, resolve_model
 from llm_jax.config.run import (
@@ -48,6 +48,7 @@ __all__ = [
     "SourceConfig",
     "TokenizerConfig",
     "TrainConfig",
+    "check_pattern",
     "freeze",
     "from_dict",
     "get",

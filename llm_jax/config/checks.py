@@ -1,6 +1,7 @@
 """What cannot work, named by its key."""
 
 import difflib
+import re
 
 from llm_jax.config.base import Config, get
 from llm_jax.config.model import ModelConfig
@@ -45,9 +46,12 @@ def validate(config: Config) -> None:
             near = difflib.get_close_matches(str(value), choices, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{path}={value!r} is not one of {', '.join(choices)}{hint}")
-    for path in ("steps", "batch_size", "length", "accumulation"):
+    for path in ("steps", "batch_size", "length", "accumulation", "peft.rank", "peft.tokens"):
         if get(config, path) < 1:
             raise ValueError(f"{path}={get(config, path)} has to be at least 1")
+    for path in ("epochs", "model.embed_noise"):
+        if not get(config, path) >= 0:
+            raise ValueError(f"{path}={get(config, path)} has to be at least 0")
     m = config.model
     for path in ("d_model", "n_layers", "n_heads"):
         if getattr(m, path) < 1:
@@ -98,10 +102,27 @@ def validate(config: Config) -> None:
             "adafactor's moments are small already"
         )
     _validate_penalties(config.optimizer)
-    if not 0.0 <= m.dropout < 1.0:
-        raise ValueError(f"model.dropout={m.dropout} has to be in [0, 1)")
-    if not 0.0 <= config.data.eval_fraction < 1.0:
-        raise ValueError(f"data.eval_fraction={config.data.eval_fraction} has to be in [0, 1)")
+    for path in ("model.dropout", "peft.dropout", "data.eval_fraction"):
+        if not 0.0 <= get(config, path) < 1.0:
+            raise ValueError(f"{path}={get(config, path)} has to be in [0, 1)")
+    _validate_patterns(config)
+
+
+def _validate_patterns(config: Config) -> None:
+    for path in ("peft.targets", "peft.base_targets"):
+        check_pattern(path, get(config, path))
+    for pattern in config.peft.also:
+        check_pattern("peft.also", pattern)
+    for pattern, _ in config.optimizer.freeze_rules:
+        check_pattern("optimizer.freeze_rules", pattern)
+
+
+def check_pattern(name: str, pattern: str) -> None:
+    """Raises ValueError, naming where it was given, for what is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as e:
+        raise ValueError(f"{name}: {pattern!r} is no regular expression: {e}") from None
 
 
 def _validate_penalties(o: Config) -> None:
