@@ -67,12 +67,16 @@ def main(argv: list[str]) -> None:
     import llm_jax
     from llm_jax.api import Model
     from llm_jax.compression import frontier, schemes
+    from llm_jax.config import check_pattern
     from llm_jax.eval import texts
     from llm_jax.peft.quantization import LINEAR
 
     for name in _SCHEME.value:  # a typing error shows before the model is loaded
         schemes.check(name, bool(_TRAIN_STEPS.value))
+    check_pattern("--targets", _TARGETS.value or LINEAR)
     model = llm_jax.load(_CHECKPOINT.value, tokenizer=_TOKENIZER.value)
+    if model.trained is not None:
+        model = model.merged()
     found = texts.held_out(_INPUT.value, model.tokenizer, _LIMIT.value)
     training = None
     if _TRAIN_STEPS.value:
@@ -98,6 +102,9 @@ def main(argv: list[str]) -> None:
     kept = frontier.kept_in(_OUTPUT.value, title, model.params, options)
     print(f"{found.source}: {found.tokens:,} tokens")
 
+    def folder_of(scheme: str) -> str:
+        return os.path.join(_OUTPUT.value, scheme.replace(":", "of"))
+
     def done(point: frontier.Point, compressed: schemes.Compressed) -> None:
         speed = point.tokens_per_second
         print(
@@ -110,12 +117,20 @@ def main(argv: list[str]) -> None:
         if not compressed.plain:
             print(f"  {point.scheme} is not saved: checkpoints hold plain arrays")
             return
-        folder = os.path.join(_OUTPUT.value, point.scheme.replace(":", "of"))
+        folder = folder_of(point.scheme)
         Model(model.config, compressed.params, model.tokenizer, model.mesh).save(folder)
         print(f"  saved: {folder}")
 
+    again = [n for n in _SCHEME.value if _SAVE.value and not os.path.exists(folder_of(n))]
     points = frontier.measure(
-        _SCHEME.value, model.config, model.params, model.tokenizer, options, kept=kept, done=done
+        _SCHEME.value,
+        model.config,
+        model.params,
+        model.tokenizer,
+        options,
+        kept=kept,
+        again=again,
+        done=done,
     )
     command = ["python", "-m", "experiments.compress", *map(shlex.quote, sys.argv[1:])]
     print(f"report: {frontier.write(points, _OUTPUT.value, kept.settings, command)}")

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -89,13 +89,14 @@ def measure(
     options: Options,
     *,
     kept: Kept | None = None,
+    again: Collection[str] = (),
     done: Callable[[Point, Compressed], None] | None = None,
 ) -> list[Point]:
     """Each scheme's point; "float32" comes first whether it is named or not. What `kept` holds is
     not measured again, and comes along.
 
-    `done(point, model)` is called once a model has been measured; one at a time is in memory beside
-    the uncompressed one.
+    `done(point, model)` is called once a model has been measured, or made `again` although it had
+    been; one at a time is in memory beside the uncompressed one.
 
     Raises:
       ValueError: a name of no scheme (before any work), or what `schemes.compress` raises.
@@ -109,19 +110,20 @@ def measure(
         points = {name: Point(**item) for name, item in kept.items.items()}
     for name in names:
         wanted = [name, name + CACHED] if options.int8_cache else [name]
-        wanted = [w for w in wanted if w not in points]
+        wanted = [w for w in wanted if w not in points or w in again]
         if not wanted:
             continue
         model = schemes.compress(
             name, cfg, base, targets=options.targets, training=options.training
         )
         for point_name in wanted:
-            point = _measure(point_name, cfg.model, model, base, tokenizer, options)
-            points[point_name] = point
-            if kept:
-                kept.add(point_name, asdict(point))
+            if point_name not in points:
+                point = _measure(point_name, cfg.model, model, base, tokenizer, options)
+                points[point_name] = point
+                if kept:
+                    kept.add(point_name, asdict(point))
             if done:
-                done(point, model)
+                done(points[point_name], model)
     return marked(points.values())
 
 

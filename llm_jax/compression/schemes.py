@@ -57,13 +57,15 @@ class Compressed(NamedTuple):
 
 
 def check(name: str, trains: bool = True) -> None:
-    """Raises ValueError for a name of no scheme, a share outside 0 .. 99, or one that needs training
-    where there is none."""
+    """Raises ValueError for a name of no scheme, a share outside 0 .. 99, a pattern that cannot
+    be kept, or one that needs training where there is none."""
     if name in FLOATS:
         return
     if m := PRUNED.match(name):
         if m[3] is not None and int(m[3]) > 99:
             raise ValueError(f"{name!r} prunes everything; take 99 or less")
+        if m[1] and not 1 <= int(m[1]) <= int(m[2]):
+            raise ValueError(f"{name!r} keeps {m[1]} of {m[2]}; take 1 to {m[2]}")
         return
     if m := TRAINED.match(name):
         if int(m[2]) > 99:

@@ -89,6 +89,15 @@ def test_compress_measures_reports_and_marks(model, tmp_path):
     measured = []  # the same directory: what is there is not measured again, and stays in
     assert [p.scheme for p in again(["nf4-8", "int8-row"], options)] == [*by_name, "int8-row"]
     assert [p.scheme for p in measured] == ["int8-row"]
+    frontier.measure(  # unless its model is asked for
+        ["nf4-8", "prune-50"],
+        *(model.config, model.params, model.tokenizer, options),
+        kept=frontier.kept_in(str(tmp_path), "tiny", model.params, options),
+        again=["prune-50"],
+        done=lambda p, made: measured.append(p),
+    )
+    assert [p.scheme for p in measured] == ["int8-row", "prune-50"]
+    assert measured[1].perplexity == by_name["prune-50"].perplexity
     with pytest.raises(ValueError, match="differ in window; choose another --output"):
         again(["nf4-8"], replace(options, window=16))
 
@@ -142,6 +151,7 @@ def test_the_frontier_is_what_nothing_beats():
     [
         ("int8-col", "'int8-col' is no scheme.*int8-channel.*gradual-50"),
         ("prune-100", "prunes everything"),
+        ("prune-5:4", "keeps 5 of 4; take 1 to 4"),
         ("movement-50", "give it --train_steps"),
     ],
 )
