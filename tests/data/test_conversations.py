@@ -99,6 +99,26 @@ def test_every_layout_becomes_messages(tmp_path, name):
     assert read([str(path)], layout=other)[1][0].rule == "unknown layout"
 
 
+def test_a_named_layout_is_used_whatever_other_keys_a_row_has(tmp_path):
+    both = [user("a"), assistant("b")]
+    rows = [
+        {"prompt": "a", "completion": "b", "messages": [user("x")]},
+        {"instruction": "", "prompt": "", "completion": "b"},
+        {"instruction": "", "prompt": [user("a")], "completion": [assistant("b")]},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found, rejected = read([str(path)], layout="completion")
+    assert rejected == []
+    assert [list(c.messages) for c in found] == [both, [user(""), assistant("b")], both]
+    # Of another layout the same rows are malformed, an empty instruction too.
+    path.write_text(json.dumps({**rows[1], "output": "b"}) + "\n")
+    assert [r.rule for r in read([str(path)], layout="alpaca")[1]] == ["empty question"]
+    assert [r.rule for r in read([str(path)])[1]] == ["empty question"]
+    (row,) = read([str(path)], layout="sharegpt")[1]
+    assert row.detail.endswith("'completion', 'output', not those of sharegpt")
+
+
 def test_lists_lines_packed_files_and_folders_hold_the_same_rows(tmp_path):
     rows = [row for row, _ in ROWS.values()]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
