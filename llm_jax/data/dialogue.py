@@ -117,7 +117,7 @@ def prepare_dialogues(
     empty = [part for part in found if not part.rows]
     if empty or (rejected and cfg.malformed == "fail"):
         _settle(rejected, [], cfg, root, writer)
-        raise ValueError(_no_rows(empty[0]))
+        raise ValueError(_no_rows(empty[0], found))
 
     chosen, chat_format = _template(cfg)
     used = _tokenizer(
@@ -182,14 +182,15 @@ def _read(data: DataConfig) -> list[_Part]:
     return found
 
 
-def _no_rows(part: _Part) -> str:
+def _no_rows(part: _Part, found: list[_Part]) -> str:
     what = f"no token of the {part.kind} data would be trained"
     if not part.rejected:
         return f"{what}: all of its few rows are held out; lower data.eval_fraction"
-    return (
-        f"{what}: all of its {len(part.rejected)} rows are malformed ({_by_rule(part.rejected)}), "
-        f"the first {part.rejected[0]}"
-    )
+    count, rules = len(part.rejected), _by_rule(part.rejected)
+    which = f"all of its {count} rows"
+    if held_out := sum(len(other.rows) for other in found if other.name == part.name):
+        which = f"{held_out} of its rows are held out (lower data.eval_fraction), the other {count}"
+    return f"{what}: {which} are malformed ({rules}), the first {part.rejected[0]}"
 
 
 def _settle(

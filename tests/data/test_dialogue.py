@@ -259,6 +259,12 @@ def test_the_systems_turn_stays_when_the_oldest_go(made):
             r"all of its 1 rows are malformed \(1 empty answer\), .*rows.jsonl:1",
         ),
         ([{}, []], {}, r"malformed \(1 unknown layout, 1 no answer\)"),
+        (
+            [pair("a", ""), pair("a", "b"), {}],
+            {"eval_fraction": 0.1},
+            r"1 of its rows are held out \(lower data.eval_fraction\), the other 2 are malformed "
+            r"\(1 empty answer, 1 unknown layout\), the first .*rows.jsonl:1",
+        ),
         ([pair("a", "b")], {"eval_fraction": 0.1}, r"all .* held out; lower data.eval_fraction"),
     ],
 )
