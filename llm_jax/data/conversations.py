@@ -344,7 +344,7 @@ def _json(line: bytes) -> Any:
         return json.loads(line.decode())
     except UnicodeDecodeError as e:
         return Malformed("invalid UTF-8", f"byte 0x{line[e.start]:02x} at place {e.start + 1}")
-    except (json.JSONDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:  # a number of thousands of digits, a deep nesting too
         return Malformed("not JSON", f"{e}"[:200])
 
 
@@ -357,7 +357,11 @@ def _list(path: str) -> Iterator[Any]:
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as e:
+        if e.msg == "Extra data" and "\n" in text[: e.pos] and "\n" not in text[: e.pos].strip():
+            raise ValueError(f"{path}: one row a line, not a list; rename it to .jsonl") from None
         raise ValueError(f"{path}:{e.lineno}: not JSON ({e.msg}); the list is damaged") from None
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: not JSON ({e}); the list is damaged") from None
     damaged = not text.isascii() and any("\udc80" <= c <= "\udcff" for c in text)
     for row in rows if isinstance(rows, list) else [rows]:
         if damaged and (byte := _escaped_byte(row)):

@@ -296,7 +296,7 @@ def _rendered(found: list[_Part], renderer: Renderer, cfg: DialogueConfig) -> It
     """The texts of the training part that the template does not refuse."""
     for part in found:
         for row in part.rows if part.kind == TRAIN else ():
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 messages = _with_system(row.messages, cfg.system)
                 yield renderer.spans(messages, tools=row.tools)[0]
 
@@ -328,7 +328,7 @@ def _examples(
         try:
             texts.append(renderer.spans(_with_system(row.messages, cfg.system), tools=row.tools))
             kept.append(row)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             refused.append(Rejected(row.source, row.line, "refused by the template", str(e)))
     try:
         examples = renderer.encode(texts)

@@ -152,7 +152,7 @@ GOOD = json.dumps(turns(user("a"), assistant("b"))).encode()
 # rule -> lines that break it
 BROKEN = {
     "invalid UTF-8": [GOOD.replace(b'"a"', b'"\xff\xfe"'), b"\xc3"],
-    "not JSON": [GOOD[:-3], b"{'messages': []}", b"[" * 100_000],
+    "not JSON": [GOOD[:-3], b"{'messages': []}", b"[" * 100_000, b'{"id": ' + b"9" * 5000 + b"}"],
     "unknown layout": [b'{"text": "a"}', b"{}", b'{"prompt": "a"}'],
     "wrong type": [
         b"3",
@@ -259,6 +259,10 @@ def test_a_list_loses_its_damaged_rows_alone(tmp_path):
     ("name", "content", "message"),
     [
         ("cut.json", b"[\n" + GOOD + b",\n{", r"cut.json:3: not JSON .*; the list is damaged"),
+        ("deep.json", b"[" * 100_000, r"deep.json: not JSON \(.*recursion.* is damaged$"),
+        ("long.json", b"[" + b"9" * 5000 + b"]", r"long.json: not JSON \(.* limit .* is damaged$"),
+        ("lines.json", GOOD + b"\n" + GOOD, r"lines.json: one row a line.*; rename it to .jsonl$"),
+        ("twice.json", GOOD + b" " + GOOD, r"twice.json:1: not JSON .*; the list is damaged"),
         ("empty.jsonl", b"\n\n", "no conversation in .*empty.jsonl: no rows"),
         ("rows.csv", b"a,b", r"rows.csv: conversations are in .json, .jsonl, .* files"),
     ],

@@ -313,6 +313,20 @@ def test_what_a_template_refuses_is_counted_as_well(made, tmp_path):
         made(rows, **{"dialogue.template": "llama2", "dialogue.malformed": "fail"})
 
 
+def test_a_row_that_is_nested_too_deeply_to_render_is_counted_as_well(made, tmp_path):
+    path = tmp_path / "deep.jinja"
+    path.write_text(
+        "{% macro inner(x) %}{{ inner(x) if x == 'deep' }}{% endmacro %}"
+        "{{ inner(messages[0].content) }}" + LINE
+    )
+    trained = configs.TokenizerConfig(kind="sentencepiece_bpe", vocab_size=275)
+    rows = [pair("deep", "b"), pair("to be or not", "to be or to be")]
+    made(rows, tokenizer=trained, **{"dialogue.template": str(path)})
+    (listed,) = [json.loads(r) for r in (tmp_path / "run/data/rejected.jsonl").open()]
+    assert (listed["line"], listed["rule"]) == (1, "refused by the template")
+    assert "recursion" in listed["detail"]
+
+
 # ------------------------------------------------------------------------------ template, tokenizer
 
 
