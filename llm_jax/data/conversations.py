@@ -37,6 +37,7 @@ RULES = {
     "long turn": "a turn is longer than data.dialogue.max_turn_chars",
     "refused by the template": "the chat template raises an error, or loses a turn's place",
     "refused by the tokenizer": "it cannot write the text, or writes another",
+    "unwritten": "the template writes none of the assistant's words, or marks none",
     "too long": "it has more tokens than `length`, under data.dialogue.too_long=drop",
     "untrained": "within `length` there is no token of the assistant",
 }

@@ -31,6 +31,7 @@ from llm_jax.data.prepare import (
 )
 from llm_jax.data.rendering import Renderer
 from llm_jax.data.tokens import Tokens, dtype_of
+from llm_jax.tokenizers import chat
 from llm_jax.tokenizers.chat_formats import FORMATS, ChatFormat
 
 REJECTED = "rejected.jsonl"
@@ -249,8 +250,13 @@ def _template(cfg: DialogueConfig) -> tuple[str | None, ChatFormat | None]:
         raise FileNotFoundError(
             f"data.dialogue.template={cfg.template}: neither a file nor one of {', '.join(FORMATS)}"
         )
-    with open(path, encoding="utf-8") as f:
-        return f.read(), None
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            template = f.read()
+        chat.compile_template(template)
+    except ValueError as e:  # not UTF-8, or not Jinja
+        raise ValueError(f"data.dialogue.template={cfg.template}: {e}") from None
+    return template, None
 
 
 def _tokenizer(
@@ -342,6 +348,7 @@ def _examples(
                 refused.append(Rejected(row.source, row.line, "refused by the tokenizer", str(e)))
     documents_, masks = [], []
     for row, (ids, trained) in zip(kept, examples, strict=True):
+        written = trained.any()
         if len(ids) > length and cfg.too_long == "drop":
             counts["dropped"] += 1
             unfit.append(Rejected(row.source, row.line, "too long", f"{len(ids):,} tokens"))
@@ -354,8 +361,9 @@ def _examples(
             counts["cut"] += 1
             ids, trained = ids[:length], trained[:length]
         if not trained[1:].any():  # nothing stands before the first token
-            counts["untrained"] += 1
-            unfit.append(Rejected(row.source, row.line, "untrained", f"in {len(ids):,} tokens"))
+            rule = "untrained" if written else "unwritten"
+            counts[rule] += 1
+            unfit.append(Rejected(row.source, row.line, rule, f"in {len(ids):,} tokens"))
             continue
         documents_.append(ids)
         masks.append(trained)
@@ -363,7 +371,7 @@ def _examples(
         "examples": len(documents_),
         "tokens": sum(map(len, documents_)),
         "trained tokens": int(sum(mask[1:].sum() for mask in masks)),
-        **{key: counts[key] for key in ("cut", "shortened", "dropped", "untrained")},
+        **{key: counts[key] for key in ("cut", "shortened", "dropped", "untrained", "unwritten")},
     }
     if not documents_:
         return None, refused, unfit, total
@@ -428,6 +436,11 @@ def _nothing_to_train(counts: dict[str, Any], cfg: DialogueConfig, length: int) 
         reasons.append(
             f"{counts['dropped']} are longer than --config.length={length} "
             "(data.dialogue.too_long=drop; raise it, or cut)"
+        )
+    if counts["unwritten"]:
+        reasons.append(
+            f"in {counts['unwritten']} the template writes none of the assistant's words, or has "
+            "none in a {% generation %} block (data.dialogue.template)"
         )
     if counts["untrained"]:
         reasons.append(

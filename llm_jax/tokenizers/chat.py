@@ -166,7 +166,7 @@ def _places_of(pieces: list[bytes], content: bytes, shift: int) -> tuple[np.ndar
 
 
 def _run(template: str, variables: Mapping[str, Any]) -> str:
-    compiled = _compile(template)
+    compiled = compile_template(template)
     import jinja2
 
     try:
@@ -177,7 +177,8 @@ def _run(template: str, variables: Mapping[str, Any]) -> str:
 
 
 @functools.lru_cache(maxsize=32)
-def _compile(template: str):
+def compile_template(template: str) -> Any:
+    """The template as Jinja compiles it. Raises ValueError for what is no template."""
     try:
         import jinja2
         from jinja2 import ext, nodes, sandbox
@@ -221,6 +222,8 @@ def _compile(template: str):
         return environment.from_string(template)
     except jinja2.TemplateError as error:
         raise ValueError(f"chat template, line {error.lineno}: {error.message}") from None
+    except SyntaxError as error:  # of the Python it becomes: {% break %} outside a loop
+        raise ValueError(f"chat template: {error.msg}") from None
 
 
 def _checked(message: Mapping[str, Any], number: int) -> dict[str, Any]:

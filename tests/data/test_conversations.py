@@ -236,7 +236,9 @@ def test_every_damaged_line_is_named_with_its_rule_and_number(damaged):
 
 
 def test_there_is_a_damaged_row_for_every_rule():
-    of_rendering = {"refused by the template", "refused by the tokenizer", "too long", "untrained"}
+    of_rendering = {
+        "refused by the template", "refused by the tokenizer", "unwritten", "too long", "untrained",
+    }  # fmt: skip
     assert set(BROKEN) == set(RULES) - of_rendering
 
 

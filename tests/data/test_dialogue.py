@@ -380,6 +380,38 @@ def test_the_tokenizers_own_template_is_the_default(made, tmp_path):
         made([pair("a", "b")], **{"dialogue.template": "chatlm"})
 
 
+def test_a_template_file_is_utf_8_with_or_without_a_mark_at_its_start(made, tmp_path):
+    path = tmp_path / "own.jinja"
+    name = {"dialogue.template": str(path)}
+    path.write_text("é" + LINE, encoding="utf-8-sig")
+    data = made([pair("a", "b")], **name)
+    assert data.tokenizer.decode(data.prompt("Hi")) == "éu:Hi"
+    for content, message in (
+        ("é".encode("latin-1"), "'utf-8' codec can't decode byte 0xe9 .*"),
+        (b"\n{% for m in messages %}", "chat template, line 2: Unexpected end of template.*"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"^data.dialogue.template={path}: {message}$"):
+            made([pair("a", "b")], **name)
+
+
+@pytest.mark.parametrize(
+    "answer", ["", "{% if false %}{% generation %}{% endgeneration %}{% endif %}"]
+)
+@pytest.mark.parametrize("too_long", ["cut", "oldest"])
+def test_a_template_that_writes_no_answer_is_said_to_be_one(made, tmp_path, answer, too_long):
+    path = tmp_path / "asks.jinja"
+    path.write_text(
+        "{% for m in messages if m.role == 'user' %}" + answer + "{{ m.content }}{% endfor %}"
+    )
+    rows = [pair("a", "b"), pair("c" * 99, "d")]
+    with pytest.raises(ValueError, match=r"in 2 the template writes none of .*words") as e:
+        made(rows, **{"dialogue.template": str(path), "dialogue.too_long": too_long})
+    assert "raise the length" not in str(e.value) and "\n" not in str(e.value)
+    listed = [json.loads(r) for r in (tmp_path / "run/data/rejected.jsonl").open()]
+    assert [row["rule"] for row in listed] == ["unwritten"] * 2
+
+
 def test_another_process_has_the_same_data(made):
     rows = [pair(f"question {i}", f"answer {i}" * (i % 3 + 1)) for i in range(20)]
     trained = configs.TokenizerConfig(kind="sentencepiece_bpe", vocab_size=330)

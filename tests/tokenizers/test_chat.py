@@ -376,6 +376,7 @@ def test_templates_by_name(tokenizer):
         (CHATML, [], "^a chat needs at least one message$"),
         (CHATML, [{"role": "user", "content": object()}], "takes strings, .* not object"),
         ("{% if %}", TALK, "^chat template, line 1: "),
+        ("{% break %}", TALK, "^chat template: 'break' outside loop$"),
         ("{{ messages[0].content + 1 }}", TALK, "^chat template: can only concatenate str"),
         # The sandbox: no way out through attributes, and nothing given can be changed.
         ("{{ ''.__class__.__mro__ }}", TALK, "^chat template: .*unsafe"),
