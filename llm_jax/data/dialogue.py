@@ -65,14 +65,18 @@ class Dialogues(Corpus):
         *,
         system: str,
         parts: list[dict[str, Any]],
-        stop: Sequence[str],
+        stop: Sequence[str] | None,  # None: what the template writes behind an answer
     ):
         self._renderer, self._system, self._parts = renderer, system, parts
         tokenizer = renderer.tokenizer
         special = tokenizer.special_tokens
-        ends = {special[name] for name in (renderer.ending.strip(), *stop) if name in special}
+        ending = renderer.ending.strip()
+        # Where a special token closes the ending, it alone is waited for.
+        ending = max((name for name in special if ending.endswith(name)), key=len, default=ending)
+        stop = (ending,) if stop is None else stop
+        ends = {special[name] for name in (ending, *stop) if name in special}
         ends = tuple(sorted(ends - {tokenizer.eos_id}))
-        stop = tuple(name for name in stop if name not in special)
+        stop = tuple(name for name in stop if name and name not in special)
         super().__init__(tokenizer, train, evaluation, directory, ends, stop)
 
     def parts(self) -> list[dict[str, Any]]:
@@ -153,7 +157,7 @@ def prepare_dialogues(
         Tokens.concatenate(held_out) if held_out else None,
         system=cfg.system,
         parts=parts,
-        stop=chat_format.stop if chat_format else (),
+        stop=chat_format.stop if chat_format else None,
     )
 
 

@@ -80,8 +80,9 @@ class Renderer:
         if not self._prompts and before.startswith(asked) and not before[len(asked) :].strip():
             self._lead = before[len(asked) :]
         text, spans = self.spans(_PROBE, tools=tools)
-        said = text[slice(*spans[-1])] if spans else ""
-        self.ending = _split(said, _MARK)[-1] if said else ""
+        said = _split(text[slice(*spans[-1])], _MARK) if spans else []
+        closing = said[-1] if len(said) > 1 else ""
+        self.ending = closing[: self._ending(closing)]
 
     def __call__(
         self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence | None = None

@@ -360,6 +360,31 @@ def test_a_tokenizer_without_the_formats_tokens_reads_them_as_text(made, tmp_pat
     assert learnt(data.tokenizer, batch) == ["b<|im_end|>"]
 
 
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+@pytest.mark.parametrize(
+    ("ending", "ends", "stop"),
+    [
+        ("</end>\\n", [], ("</end>",)),
+        (" #\\n\\n", [], ("#",)),
+        ("\\n\\n", [], ()),
+        ("", [], ()),
+        ("<|stop|>\\n", ["<|stop|>"], ()),
+        (".<|stop|>\\n</end>", ["<|stop|>"], ()),
+        ("</s>", [], ()),  # the tokenizer's own end needs no mention
+    ],
+)
+def test_what_ends_an_answer_is_an_id_or_a_string(made, tmp_path, train_on, ending, ends, stop):
+    path = tmp_path / "own.jinja"
+    path.write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content + '" + ending + "' }}{% endfor %}"
+    )
+    given = configs.TokenizerConfig(kind="byte", special_tokens=("<|stop|>",))
+    changes = {"dialogue.template": str(path), "dialogue.train_on": train_on}
+    data = made([pair("a", "b")], tokenizer=given, **changes)
+    assert data.end_tokens == tuple(data.tokenizer.special_tokens[name] for name in ends)
+    assert data.stop == stop
+
+
 def test_the_tokenizers_own_template_is_the_default(made, tmp_path):
     own = tokenizers.train("byte", [])
     own.chat_template = LINE.replace(":", "=")
