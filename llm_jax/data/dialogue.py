@@ -1,10 +1,11 @@
 """From a data config to conversations as tokens: reads, splits, renders, cuts, reports.
 
 Data sets for fine-tuning are small, so every process makes all of it in memory; only the writer
-writes files: the tokenizer (with the chat template) and `rejected.jsonl`.
+writes files: the tokenizer (with the chat template), `rejected.jsonl` and `rendered_on.txt`.
 """
 
 import contextlib
+import datetime
 import json
 import os
 from collections import Counter
@@ -35,6 +36,7 @@ from llm_jax.tokenizers import chat
 from llm_jax.tokenizers.chat_formats import FORMATS, ChatFormat
 
 REJECTED = "rejected.jsonl"
+RENDERED_ON = "rendered_on.txt"
 SHOWN = 5  # rejected rows that are printed
 
 
@@ -125,10 +127,9 @@ def prepare_dialogues(
         raise ValueError(_no_rows(empty[0], found))
 
     chosen, chat_format = _template(cfg)
-    used = _tokenizer(
-        os.path.join(root, TOKENIZER), found, cfg, chosen, chat_format, tokenizer, writer
-    )
-    renderer = Renderer(used, train_on=cfg.train_on)
+    now = _rendered_on(root, writer)
+    used = _tokenizer(root, found, cfg, chosen, chat_format, tokenizer, now, writer)
+    renderer = Renderer(used, train_on=cfg.train_on, now=now)
     made: list[tuple[_Part, Tokens | None, dict[str, Any]]] = []
     left_out: list[Rejected] = []
     for part in found:
@@ -263,16 +264,35 @@ def _template(cfg: DialogueConfig) -> tuple[str | None, ChatFormat | None]:
     return template, None
 
 
+def _rendered_on(root: str, writer: bool) -> datetime.datetime:
+    """When the conversations in `root` were first rendered: a template may write the date, and a
+    run that goes on another day has to go on with the same data."""
+    path = os.path.join(root, RENDERED_ON)
+    if writer and not os.path.isfile(path):
+        os.makedirs(root, exist_ok=True)
+        with open(path + ".partial", "w") as f:
+            f.write(datetime.datetime.now().isoformat(timespec="seconds"))
+        os.replace(path + ".partial", path)
+    with open(path) as f:
+        text = f.read().strip()
+    try:
+        return datetime.datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"{path}: {text!r} is no date like 2024-12-31T12:00:00") from None
+
+
 def _tokenizer(
-    folder: str,
+    root: str,
     found: list[_Part],
     cfg: DialogueConfig,
     template: str | None,
     chat_format: ChatFormat | None,
     config: TokenizerConfig,
+    now: datetime.datetime,
     writer: bool,
 ) -> tokenizers.Tokenizer:
-    """The tokenizer of the run, with the template, which `folder` holds afterwards."""
+    """The tokenizer of the run, with the template, which `root`/tokenizer holds afterwards."""
+    folder = os.path.join(root, TOKENIZER)
     if not writer:
         return tokenizers.load(folder)
     if config.path:
@@ -294,7 +314,7 @@ def _tokenizer(
         options["special_tokens"] = tuple(dict.fromkeys([*options["special_tokens"], *names]))
         # Any tokenizer renders the text that this one is trained on.
         plain = tokenizers.train("byte", [], special_tokens=options["special_tokens"])
-        texts = _rendered(found, Renderer(plain, template, train_on="all"), cfg)
+        texts = _rendered(found, Renderer(plain, template, train_on="all", now=now), cfg)
         made = tokenizers.train(kind, texts, max_bytes=max_bytes, **options)
     if template is not None:
         made.chat_template = template

@@ -16,6 +16,7 @@ character of a stretch counts with its first token alone, and white space that a
 leave out can end the mask early or not at all; neither happens where a special token ends a turn.)
 """
 
+import datetime
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -46,6 +47,7 @@ class Renderer:
         for each conversation.
       train_on: "assistant", all its turns; "last", its last turn; "all", every token.
       tools: those with which the template is tried, which some need.
+      now: the time of a template that writes the date; None is the present.
 
     Attributes:
       template: the one in use for conversations without tools (with them, if `tools` are given).
@@ -60,11 +62,12 @@ class Renderer:
         *,
         train_on: str = "assistant",
         tools: Sequence | None = None,
+        now: datetime.datetime | None = None,
     ):
         if train_on not in TRAIN_ON:
             raise ValueError(f"data.dialogue.train_on={train_on!r} is not in {TRAIN_ON}")
         self.tokenizer, self.train_on = tokenizer, train_on
-        self._wanted, self._for_tools = template, None
+        self._wanted, self._for_tools, self._now = template, None, now
         self.template = self._choose(tools)
         self.marked = chat.marks_assistant(self.template)
         names = {f"{role}_token": tokenizer.token_name(role) for role in ROLES}
@@ -118,7 +121,7 @@ class Renderer:
         if (template := self._choose(tools)) != self.template:
             if self._for_tools is None:
                 self._for_tools = Renderer(
-                    self.tokenizer, template, train_on=self.train_on, tools=tools
+                    self.tokenizer, template, train_on=self.train_on, tools=tools, now=self._now
                 )
             return self._for_tools.spans(messages, tools=tools)
         text, blocks = self._render(messages, tools=tools)
@@ -221,7 +224,8 @@ class Renderer:
         return found.end() if found else len(closing.rstrip())
 
     def _render(self, messages: Sequence[Mapping[str, Any]], **options: Any):
-        return chat.render(self.template, messages, **{**self._variables, **options})
+        options = {**self._variables, **options}
+        return chat.render(self.template, messages, now=self._now, **options)
 
     def _text(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         return self._render(messages, **options)[0]

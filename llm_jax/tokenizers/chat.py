@@ -62,6 +62,7 @@ def render(
     documents: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = False,
     continue_final_message: bool | str = False,
+    now: datetime.datetime | None = None,
     **variables: Any,
 ) -> tuple[str, list[tuple[int, int]]]:
     """The text of a conversation, and where in it the assistant's own words stand.
@@ -72,6 +73,7 @@ def render(
       add_generation_prompt: end with the header of an assistant's message.
       continue_final_message: leave the last message open, for the model to go on with it. A string
         names the field to continue instead of "content".
+      now: the time of a template that writes the date (`strftime_now`); None is the present.
       variables: whatever else the template reads, such as `bos_token`.
 
     Returns:
@@ -93,6 +95,7 @@ def render(
     text = _run(
         template,
         {
+            "strftime_now": (now or datetime.datetime.now()).strftime,
             **_plain(variables),
             "messages": messages,
             "tools": _plain(tools),
@@ -217,7 +220,6 @@ def compile_template(template: str) -> Any:
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     try:
         return environment.from_string(template)
     except jinja2.TemplateError as error:

@@ -1,5 +1,6 @@
 """Templates and tokenizers of conversations: whose they are, what they refuse, what ends an answer."""
 
+import datetime
 import json
 
 import pytest
@@ -115,6 +116,40 @@ def test_a_template_that_writes_no_answer_is_said_to_be_one(made, tmp_path, answ
     assert "raise the length" not in str(e.value) and "\n" not in str(e.value)
     listed = [json.loads(r) for r in (tmp_path / "run/data/rejected.jsonl").open()]
     assert [row["rule"] for row in listed] == ["unwritten"] * 2
+
+
+def test_a_run_that_goes_on_another_day_has_the_same_data(made, tmp_path, monkeypatch):
+    (tmp_path / "dated.jinja").write_text("{{ strftime_now('%d %b') }} " + LINE)
+    trained = configs.TokenizerConfig(kind="sentencepiece_bpe", vocab_size=290)
+    rows = [pair(f"question {i}", f"answer {i}") for i in range(9)]
+    clock = {}
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls):
+            return cls(2024, 2, clock["day"])
+
+    def on(day, workdir="run", writer=True):
+        clock["day"] = day
+        template = {"dialogue.template": str(tmp_path / "dated.jinja")}
+        return made(rows, tokenizer=trained, workdir=workdir, writer=writer, **template)
+
+    monkeypatch.setattr(datetime, "datetime", Clock)
+    first = on(28)
+    for later in (on(29), on(29, writer=False)):
+        assert later.tokenizer.fingerprint() == first.tokenizer.fingerprint()
+        assert later.loader(train_config()).identity == first.loader(train_config()).identity
+        assert later.tokenizer.decode(later.prompt("Hi")) == "28 Feb u:Hi"
+    other = on(29, workdir="other")
+    assert other.loader(train_config()).identity != first.loader(train_config()).identity
+    # A chat takes place today.
+    asked = [{"role": "user", "content": "Hi"}]
+    assert first.tokenizer.apply_chat_template(asked, tokenize=False) == "29 Feb u:Hi</s>"
+    (tmp_path / "run/data/rendered_on.txt").write_text("yesterday")
+    with pytest.raises(
+        ValueError, match=r"rendered_on.txt: 'yesterday' is no date like 2024-12-31"
+    ):
+        on(29)
 
 
 def test_another_process_has_the_same_data(made):

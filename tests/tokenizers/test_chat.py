@@ -1,5 +1,6 @@
 """Chat templates: what transformers renders, what a template may not do, where templates lie."""
 
+import datetime
 import json
 import pickle
 import sys
@@ -342,6 +343,15 @@ def test_mask_with_a_tokenizer_that_adds_a_space(real_data):
     )
     said = [i for i, m in zip(found["input_ids"], found["assistant_masks"], strict=True) if m]
     assert tokenizer.decode([tokenizer.bos_id, *said], skip_special=False) == "<s> \U0001f917 yes"
+
+
+def test_a_template_writes_the_present_date_or_a_given_one(tokenizer):
+    template, form = "{{ strftime_now('%d %b %Y') }}", "%d %b %Y"
+    given = datetime.datetime(1999, 12, 31)
+    assert chat.render(template, TALK, now=given)[0] == given.strftime(form)
+    before = datetime.datetime.now().strftime(form)
+    text = tokenizer.apply_chat_template(TALK, chat_template=template, tokenize=False)
+    assert text in (before, datetime.datetime.now().strftime(form))
 
 
 def test_templates_by_name(tokenizer):
