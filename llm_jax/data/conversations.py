@@ -37,8 +37,16 @@ RULES = {
     "long turn": "a turn is longer than data.dialogue.max_turn_chars",
     "refused by the template": "the chat template raises an error, or loses a turn's place",
     "refused by the tokenizer": "it cannot write the text, or writes another",
+    "unwritten": "the template writes none of the assistant's words, or marks none",
     "too long": "it has more tokens than `length`, under data.dialogue.too_long=drop",
     "untrained": "within `length` there is no token of the assistant",
+}
+# The keys that tell a layout; a row with those of several is of the first.
+_TOLD_BY = {
+    "messages": {"messages"},
+    "sharegpt": {"conversations"},
+    "alpaca": {"instruction"},
+    "completion": {"prompt", "completion"},
 }
 _ROLES = {
     "system": "system",
@@ -101,7 +109,8 @@ def read(
     .parquet also as .gz or .zst), folders, globs, `hf:NAME` and `embedded:questions`.
 
     Args:
-      layout: one of LAYOUTS, or "auto": as each row's keys tell.
+      layout: one of LAYOUTS, for rows with its keys, whatever else they have; or "auto": as each
+        row's keys tell.
       max_turn_chars: a longer turn is malformed.
 
     Raises:
@@ -115,7 +124,8 @@ def read(
                 if isinstance(row, Malformed):
                     raise row
                 messages, tools = parse(row, layout)
-                check(messages, max_turn_chars, allow_empty_question=_is_completion(row))
+                empty = _is_completion(row, layout)
+                check(messages, max_turn_chars, allow_empty_question=empty)
                 found.append(Conversation(tuple(messages), item, line, tools))
             except Malformed as e:
                 rejected.append(Rejected(item, line, e.rule, e.detail))
@@ -138,33 +148,29 @@ def parse(row: Any, layout: str = "auto") -> tuple[list[dict], tuple | None]:
         row = {"messages": row}
     if not isinstance(row, dict):
         raise Malformed("wrong type", f"a row has to be an object, not {_kind(row)}")
-    detected = _layout(row)
-    if layout == "auto" and detected is None:
-        raise Malformed("unknown layout", f"its keys are {_keys(row)}")
-    if layout not in ("auto", detected):
-        raise Malformed("unknown layout", f"its keys {_keys(row)} are not those of {layout}")
+    used = _layout(row, layout)
+    if used is None:
+        wanted = "" if layout == "auto" else f", not those of {layout}"
+        raise Malformed("unknown layout", f"its keys are {_keys(row)}{wanted}")
     tools = row.get("tools") or None
     if tools is not None and not (
         isinstance(tools, list) and all(isinstance(t, dict) for t in tools)
     ):
         raise Malformed("wrong type", "'tools' has to be a list of objects")
-    return _PARSERS[detected](row), tools and tuple(tools)
+    return _PARSERS[used](row), tools and tuple(tools)
 
 
-def _layout(row: dict) -> str | None:
-    for key, layout in (
-        ("messages", "messages"),
-        ("conversations", "sharegpt"),
-        ("instruction", "alpaca"),
-    ):
-        if key in row:
+def _layout(row: dict, wanted: str) -> str | None:
+    """The wanted layout if the row has its keys; of "auto" the first whose keys it has."""
+    for layout, keys in _TOLD_BY.items():
+        if wanted in ("auto", layout) and row.keys() >= keys:
             return layout
-    return "completion" if "prompt" in row and "completion" in row else None
+    return None
 
 
-def _is_completion(row: Any) -> bool:
+def _is_completion(row: Any, wanted: str) -> bool:
     """A prompt may be empty, for a text that starts from nothing; a question may not."""
-    return isinstance(row, dict) and _layout(row) == "completion"
+    return isinstance(row, dict) and _layout(row, wanted) == "completion"
 
 
 def _alpaca(row: dict) -> list[dict]:
@@ -339,7 +345,7 @@ def _json(line: bytes) -> Any:
         return json.loads(line.decode())
     except UnicodeDecodeError as e:
         return Malformed("invalid UTF-8", f"byte 0x{line[e.start]:02x} at place {e.start + 1}")
-    except (json.JSONDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:  # a number of thousands of digits, a deep nesting too
         return Malformed("not JSON", f"{e}"[:200])
 
 
@@ -352,7 +358,11 @@ def _list(path: str) -> Iterator[Any]:
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as e:
+        if e.msg == "Extra data" and "\n" in text[: e.pos] and "\n" not in text[: e.pos].strip():
+            raise ValueError(f"{path}: one row a line, not a list; rename it to .jsonl") from None
         raise ValueError(f"{path}:{e.lineno}: not JSON ({e.msg}); the list is damaged") from None
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: not JSON ({e}); the list is damaged") from None
     damaged = not text.isascii() and any("\udc80" <= c <= "\udcff" for c in text)
     for row in rows if isinstance(rows, list) else [rows]:
         if damaged and (byte := _escaped_byte(row)):

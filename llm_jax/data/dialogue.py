@@ -1,10 +1,11 @@
 """From a data config to conversations as tokens: reads, splits, renders, cuts, reports.
 
 Data sets for fine-tuning are small, so every process makes all of it in memory; only the writer
-writes files: the tokenizer (with the chat template) and `rejected.jsonl`.
+writes files: the tokenizer (with the chat template), `rejected.jsonl` and `rendered_on.txt`.
 """
 
 import contextlib
+import datetime
 import json
 import os
 from collections import Counter
@@ -31,9 +32,11 @@ from llm_jax.data.prepare import (
 )
 from llm_jax.data.rendering import Renderer
 from llm_jax.data.tokens import Tokens, dtype_of
+from llm_jax.tokenizers import chat
 from llm_jax.tokenizers.chat_formats import FORMATS, ChatFormat
 
 REJECTED = "rejected.jsonl"
+RENDERED_ON = "rendered_on.txt"
 SHOWN = 5  # rejected rows that are printed
 
 
@@ -64,14 +67,18 @@ class Dialogues(Corpus):
         *,
         system: str,
         parts: list[dict[str, Any]],
-        stop: Sequence[str],
+        stop: Sequence[str] | None,  # None: what the template writes behind an answer
     ):
         self._renderer, self._system, self._parts = renderer, system, parts
         tokenizer = renderer.tokenizer
         special = tokenizer.special_tokens
-        ends = {special[name] for name in (renderer.ending.strip(), *stop) if name in special}
+        ending = renderer.ending.strip()
+        # Where a special token closes the ending, it alone is waited for.
+        ending = max((name for name in special if ending.endswith(name)), key=len, default=ending)
+        stop = (ending,) if stop is None else stop
+        ends = {special[name] for name in (ending, *stop) if name in special}
         ends = tuple(sorted(ends - {tokenizer.eos_id}))
-        stop = tuple(name for name in stop if name not in special)
+        stop = tuple(name for name in stop if name and name not in special)
         super().__init__(tokenizer, train, evaluation, directory, ends, stop)
 
     def parts(self) -> list[dict[str, Any]]:
@@ -117,13 +124,12 @@ def prepare_dialogues(
     empty = [part for part in found if not part.rows]
     if empty or (rejected and cfg.malformed == "fail"):
         _settle(rejected, [], cfg, root, writer)
-        raise ValueError(_no_rows(empty[0]))
+        raise ValueError(_no_rows(empty[0], found))
 
     chosen, chat_format = _template(cfg)
-    used = _tokenizer(
-        os.path.join(root, TOKENIZER), found, cfg, chosen, chat_format, tokenizer, writer
-    )
-    renderer = Renderer(used, train_on=cfg.train_on)
+    now = _rendered_on(root, writer)
+    used = _tokenizer(root, found, cfg, chosen, chat_format, tokenizer, now, writer)
+    renderer = Renderer(used, train_on=cfg.train_on, now=now)
     made: list[tuple[_Part, Tokens | None, dict[str, Any]]] = []
     left_out: list[Rejected] = []
     for part in found:
@@ -152,7 +158,7 @@ def prepare_dialogues(
         Tokens.concatenate(held_out) if held_out else None,
         system=cfg.system,
         parts=parts,
-        stop=chat_format.stop if chat_format else (),
+        stop=chat_format.stop if chat_format else None,
     )
 
 
@@ -182,14 +188,15 @@ def _read(data: DataConfig) -> list[_Part]:
     return found
 
 
-def _no_rows(part: _Part) -> str:
+def _no_rows(part: _Part, found: list[_Part]) -> str:
     what = f"no token of the {part.kind} data would be trained"
     if not part.rejected:
         return f"{what}: all of its few rows are held out; lower data.eval_fraction"
-    return (
-        f"{what}: all of its {len(part.rejected)} rows are malformed ({_by_rule(part.rejected)}), "
-        f"the first {part.rejected[0]}"
-    )
+    count, rules = len(part.rejected), _by_rule(part.rejected)
+    which = f"all of its {count} rows"
+    if held_out := sum(len(other.rows) for other in found if other.name == part.name):
+        which = f"{held_out} of its rows are held out (lower data.eval_fraction), the other {count}"
+    return f"{what}: {which} are malformed ({rules}), the first {part.rejected[0]}"
 
 
 def _settle(
@@ -248,20 +255,44 @@ def _template(cfg: DialogueConfig) -> tuple[str | None, ChatFormat | None]:
         raise FileNotFoundError(
             f"data.dialogue.template={cfg.template}: neither a file nor one of {', '.join(FORMATS)}"
         )
-    with open(path, encoding="utf-8") as f:
-        return f.read(), None
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            template = f.read()
+        chat.compile_template(template)
+    except ValueError as e:  # not UTF-8, or not Jinja
+        raise ValueError(f"data.dialogue.template={cfg.template}: {e}") from None
+    return template, None
+
+
+def _rendered_on(root: str, writer: bool) -> datetime.datetime:
+    """When the conversations in `root` were first rendered: a template may write the date, and a
+    run that goes on another day has to go on with the same data."""
+    path = os.path.join(root, RENDERED_ON)
+    if writer and not os.path.isfile(path):
+        os.makedirs(root, exist_ok=True)
+        with open(path + ".partial", "w") as f:
+            f.write(datetime.datetime.now().isoformat(timespec="seconds"))
+        os.replace(path + ".partial", path)
+    with open(path) as f:
+        text = f.read().strip()
+    try:
+        return datetime.datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"{path}: {text!r} is no date like 2024-12-31T12:00:00") from None
 
 
 def _tokenizer(
-    folder: str,
+    root: str,
     found: list[_Part],
     cfg: DialogueConfig,
     template: str | None,
     chat_format: ChatFormat | None,
     config: TokenizerConfig,
+    now: datetime.datetime,
     writer: bool,
 ) -> tokenizers.Tokenizer:
-    """The tokenizer of the run, with the template, which `folder` holds afterwards."""
+    """The tokenizer of the run, with the template, which `root`/tokenizer holds afterwards."""
+    folder = os.path.join(root, TOKENIZER)
     if not writer:
         return tokenizers.load(folder)
     if config.path:
@@ -283,7 +314,7 @@ def _tokenizer(
         options["special_tokens"] = tuple(dict.fromkeys([*options["special_tokens"], *names]))
         # Any tokenizer renders the text that this one is trained on.
         plain = tokenizers.train("byte", [], special_tokens=options["special_tokens"])
-        texts = _rendered(found, Renderer(plain, template, train_on="all"), cfg)
+        texts = _rendered(found, Renderer(plain, template, train_on="all", now=now), cfg)
         made = tokenizers.train(kind, texts, max_bytes=max_bytes, **options)
     if template is not None:
         made.chat_template = template
@@ -295,7 +326,7 @@ def _rendered(found: list[_Part], renderer: Renderer, cfg: DialogueConfig) -> It
     """The texts of the training part that the template does not refuse."""
     for part in found:
         for row in part.rows if part.kind == TRAIN else ():
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 messages = _with_system(row.messages, cfg.system)
                 yield renderer.spans(messages, tools=row.tools)[0]
 
@@ -327,7 +358,7 @@ def _examples(
         try:
             texts.append(renderer.spans(_with_system(row.messages, cfg.system), tools=row.tools))
             kept.append(row)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             refused.append(Rejected(row.source, row.line, "refused by the template", str(e)))
     try:
         examples = renderer.encode(texts)
@@ -341,6 +372,7 @@ def _examples(
                 refused.append(Rejected(row.source, row.line, "refused by the tokenizer", str(e)))
     documents_, masks = [], []
     for row, (ids, trained) in zip(kept, examples, strict=True):
+        written = trained.any()
         if len(ids) > length and cfg.too_long == "drop":
             counts["dropped"] += 1
             unfit.append(Rejected(row.source, row.line, "too long", f"{len(ids):,} tokens"))
@@ -353,8 +385,9 @@ def _examples(
             counts["cut"] += 1
             ids, trained = ids[:length], trained[:length]
         if not trained[1:].any():  # nothing stands before the first token
-            counts["untrained"] += 1
-            unfit.append(Rejected(row.source, row.line, "untrained", f"in {len(ids):,} tokens"))
+            rule = "untrained" if written else "unwritten"
+            counts[rule] += 1
+            unfit.append(Rejected(row.source, row.line, rule, f"in {len(ids):,} tokens"))
             continue
         documents_.append(ids)
         masks.append(trained)
@@ -362,7 +395,7 @@ def _examples(
         "examples": len(documents_),
         "tokens": sum(map(len, documents_)),
         "trained tokens": int(sum(mask[1:].sum() for mask in masks)),
-        **{key: counts[key] for key in ("cut", "shortened", "dropped", "untrained")},
+        **{key: counts[key] for key in ("cut", "shortened", "dropped", "untrained", "unwritten")},
     }
     if not documents_:
         return None, refused, unfit, total
@@ -427,6 +460,11 @@ def _nothing_to_train(counts: dict[str, Any], cfg: DialogueConfig, length: int) 
         reasons.append(
             f"{counts['dropped']} are longer than --config.length={length} "
             "(data.dialogue.too_long=drop; raise it, or cut)"
+        )
+    if counts["unwritten"]:
+        reasons.append(
+            f"in {counts['unwritten']} the template writes none of the assistant's words, or has "
+            "none in a {% generation %} block (data.dialogue.template)"
         )
     if counts["untrained"]:
         reasons.append(

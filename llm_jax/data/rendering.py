@@ -16,6 +16,7 @@ character of a stretch counts with its first token alone, and white space that a
 leave out can end the mask early or not at all; neither happens where a special token ends a turn.)
 """
 
+import datetime
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -39,41 +40,52 @@ class Rendered(NamedTuple):
 
 
 class Renderer:
-    """Renders conversations with one tokenizer and one template.
+    """Renders conversations with one tokenizer and one template, or those of its own by name.
 
     Args:
-      template: Jinja; None takes the tokenizer's own.
+      template: Jinja; None takes the tokenizer's own, as `Tokenizer.apply_chat_template` chooses
+        for each conversation.
       train_on: "assistant", all its turns; "last", its last turn; "all", every token.
+      tools: those with which the template is tried, which some need.
+      now: the time of a template that writes the date; None is the present.
 
     Attributes:
-      template: the one in use.
+      template: the one in use for conversations without tools (with them, if `tools` are given).
       marked: it has `{% generation %}` blocks.
       ending: the text that ends an answer; empty if the template writes nothing there.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, template: str | None = None, *, train_on: str = "assistant"
+        self,
+        tokenizer: Tokenizer,
+        template: str | None = None,
+        *,
+        train_on: str = "assistant",
+        tools: Sequence | None = None,
+        now: datetime.datetime | None = None,
     ):
         if train_on not in TRAIN_ON:
             raise ValueError(f"data.dialogue.train_on={train_on!r} is not in {TRAIN_ON}")
         self.tokenizer, self.train_on = tokenizer, train_on
-        self.template = chat.choose(tokenizer.chat_template, template, has_tools=False)
+        self._wanted, self._for_tools, self._now = template, None, now
+        self.template = self._choose(tools)
         self.marked = chat.marks_assistant(self.template)
         names = {f"{role}_token": tokenizer.token_name(role) for role in ROLES}
         self._variables = {key: name for key, name in names.items() if name is not None}
         special = tokenizer.special_tokens
         self._special = special_pattern(special) if special else None
-        asked, self._lead = self._text(_PROBE[:1]), ""
-        self._prompts = asked != self._text(_PROBE[:1], **_ASK)
-        answered = self._text(_PROBE)
+        asked, self._lead = self._text(_PROBE[:1], tools=tools), ""
+        self._prompts = asked != self._text(_PROBE[:1], tools=tools, **_ASK)
+        answered = self._text(_PROBE, tools=tools)
         before = _split(answered, _MARK)[0]
         # Without a generation prompt a header in front of an answer is not the model's to write,
         # but white space alone is.
         if not self._prompts and before.startswith(asked) and not before[len(asked) :].strip():
             self._lead = before[len(asked) :]
-        text, spans = self.spans(_PROBE)
-        said = text[slice(*spans[-1])] if spans else ""
-        self.ending = _split(said, _MARK)[-1] if said else ""
+        text, spans = self.spans(_PROBE, tools=tools)
+        said = _split(text[slice(*spans[-1])], _MARK) if spans else []
+        closing = said[-1] if len(said) > 1 else ""
+        self.ending = closing[: self._ending(closing)]
 
     def __call__(
         self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence | None = None
@@ -106,6 +118,12 @@ class Renderer:
         Raises ValueError for what the template refuses, and if it writes a turn in a way that
         cannot be found again.
         """
+        if (template := self._choose(tools)) != self.template:
+            if self._for_tools is None:
+                self._for_tools = Renderer(
+                    self.tokenizer, template, train_on=self.train_on, tools=tools, now=self._now
+                )
+            return self._for_tools.spans(messages, tools=tools)
         text, blocks = self._render(messages, tools=tools)
         if self.train_on == "all":
             return text, [(0, len(text))]
@@ -119,6 +137,10 @@ class Renderer:
         if self.marked:
             turns = [b for b in blocks if any(b[0] < end and start < b[1] for start, end in turns)]
         return text, turns
+
+    def _choose(self, tools: Sequence | None) -> str:
+        own = self.tokenizer.chat_template
+        return chat.choose(own, self._wanted, has_tools=tools is not None)
 
     def _turn(
         self, text: str, messages: Sequence[Mapping[str, Any]], i: int, tools: Any
@@ -202,7 +224,8 @@ class Renderer:
         return found.end() if found else len(closing.rstrip())
 
     def _render(self, messages: Sequence[Mapping[str, Any]], **options: Any):
-        return chat.render(self.template, messages, **{**self._variables, **options})
+        options = {**self._variables, **options}
+        return chat.render(self.template, messages, now=self._now, **options)
 
     def _text(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         return self._render(messages, **options)[0]

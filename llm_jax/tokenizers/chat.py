@@ -62,6 +62,7 @@ def render(
     documents: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = False,
     continue_final_message: bool | str = False,
+    now: datetime.datetime | None = None,
     **variables: Any,
 ) -> tuple[str, list[tuple[int, int]]]:
     """The text of a conversation, and where in it the assistant's own words stand.
@@ -72,6 +73,7 @@ def render(
       add_generation_prompt: end with the header of an assistant's message.
       continue_final_message: leave the last message open, for the model to go on with it. A string
         names the field to continue instead of "content".
+      now: the time of a template that writes the date (`strftime_now`); None is the present.
       variables: whatever else the template reads, such as `bos_token`.
 
     Returns:
@@ -93,6 +95,7 @@ def render(
     text = _run(
         template,
         {
+            "strftime_now": (now or datetime.datetime.now()).strftime,
             **_plain(variables),
             "messages": messages,
             "tools": _plain(tools),
@@ -166,7 +169,7 @@ def _places_of(pieces: list[bytes], content: bytes, shift: int) -> tuple[np.ndar
 
 
 def _run(template: str, variables: Mapping[str, Any]) -> str:
-    compiled = _compile(template)
+    compiled = compile_template(template)
     import jinja2
 
     try:
@@ -177,7 +180,8 @@ def _run(template: str, variables: Mapping[str, Any]) -> str:
 
 
 @functools.lru_cache(maxsize=32)
-def _compile(template: str):
+def compile_template(template: str) -> Any:
+    """The template as Jinja compiles it. Raises ValueError for what is no template."""
     try:
         import jinja2
         from jinja2 import ext, nodes, sandbox
@@ -216,11 +220,12 @@ def _compile(template: str):
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     try:
         return environment.from_string(template)
     except jinja2.TemplateError as error:
         raise ValueError(f"chat template, line {error.lineno}: {error.message}") from None
+    except SyntaxError as error:  # of the Python it becomes: {% break %} outside a loop
+        raise ValueError(f"chat template: {error.msg}") from None
 
 
 def _checked(message: Mapping[str, Any], number: int) -> dict[str, Any]:

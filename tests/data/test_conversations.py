@@ -99,6 +99,26 @@ def test_every_layout_becomes_messages(tmp_path, name):
     assert read([str(path)], layout=other)[1][0].rule == "unknown layout"
 
 
+def test_a_named_layout_is_used_whatever_other_keys_a_row_has(tmp_path):
+    both = [user("a"), assistant("b")]
+    rows = [
+        {"prompt": "a", "completion": "b", "messages": [user("x")]},
+        {"instruction": "", "prompt": "", "completion": "b"},
+        {"instruction": "", "prompt": [user("a")], "completion": [assistant("b")]},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found, rejected = read([str(path)], layout="completion")
+    assert rejected == []
+    assert [list(c.messages) for c in found] == [both, [user(""), assistant("b")], both]
+    # Of another layout the same rows are malformed, an empty instruction too.
+    path.write_text(json.dumps({**rows[1], "output": "b"}) + "\n")
+    assert [r.rule for r in read([str(path)], layout="alpaca")[1]] == ["empty question"]
+    assert [r.rule for r in read([str(path)])[1]] == ["empty question"]
+    (row,) = read([str(path)], layout="sharegpt")[1]
+    assert row.detail.endswith("'completion', 'output', not those of sharegpt")
+
+
 def test_lists_lines_packed_files_and_folders_hold_the_same_rows(tmp_path):
     rows = [row for row, _ in ROWS.values()]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -132,7 +152,7 @@ GOOD = json.dumps(turns(user("a"), assistant("b"))).encode()
 # rule -> lines that break it
 BROKEN = {
     "invalid UTF-8": [GOOD.replace(b'"a"', b'"\xff\xfe"'), b"\xc3"],
-    "not JSON": [GOOD[:-3], b"{'messages': []}", b"[" * 100_000],
+    "not JSON": [GOOD[:-3], b"{'messages': []}", b"[" * 100_000, b'{"id": ' + b"9" * 5000 + b"}"],
     "unknown layout": [b'{"text": "a"}', b"{}", b'{"prompt": "a"}'],
     "wrong type": [
         b"3",
@@ -216,7 +236,9 @@ def test_every_damaged_line_is_named_with_its_rule_and_number(damaged):
 
 
 def test_there_is_a_damaged_row_for_every_rule():
-    of_rendering = {"refused by the template", "refused by the tokenizer", "too long", "untrained"}
+    of_rendering = {
+        "refused by the template", "refused by the tokenizer", "unwritten", "too long", "untrained",
+    }  # fmt: skip
     assert set(BROKEN) == set(RULES) - of_rendering
 
 
@@ -239,6 +261,10 @@ def test_a_list_loses_its_damaged_rows_alone(tmp_path):
     ("name", "content", "message"),
     [
         ("cut.json", b"[\n" + GOOD + b",\n{", r"cut.json:3: not JSON .*; the list is damaged"),
+        ("deep.json", b"[" * 100_000, r"deep.json: not JSON \(.*recursion.* is damaged$"),
+        ("long.json", b"[" + b"9" * 5000 + b"]", r"long.json: not JSON \(.* limit .* is damaged$"),
+        ("lines.json", GOOD + b"\n" + GOOD, r"lines.json: one row a line.*; rename it to .jsonl$"),
+        ("twice.json", GOOD + b" " + GOOD, r"twice.json:1: not JSON .*; the list is damaged"),
         ("empty.jsonl", b"\n\n", "no conversation in .*empty.jsonl: no rows"),
         ("rows.csv", b"a,b", r"rows.csv: conversations are in .json, .jsonl, .* files"),
     ],

@@ -6,60 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data.dialogues import LINE, learnt, pair, talk, train_config
 
 from llm_jax import config as configs
-from llm_jax import tokenizers
-from llm_jax.data.dialogue import prepare_dialogues
-from llm_jax.tokenizers.chat_formats import FORMATS
-
-BYTES = configs.TokenizerConfig(kind="byte")
-LINE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{{ eos_token }}{% endfor %}"
-
-
-def pair(question, answer, **more):
-    return {"prompt": question, "completion": answer, **more}
-
-
-def talk(*texts):
-    roles = ("user", "assistant")
-    return {"messages": [{"role": roles[i % 2], "content": t} for i, t in enumerate(texts)]}
-
-
-@pytest.fixture
-def made(tmp_path):
-    """A data object of the given rows."""
-
-    def make(rows, length=64, tokenizer=BYTES, workdir="run", writer=True, **changes):
-        path = tmp_path / "rows.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (tmp_path / "line.jinja").write_text(LINE)
-        data = configs.DataConfig(format="dialogue", packing="first_fit", eval_fraction=0.0)
-        values = {
-            "inputs": (str(path),),
-            "dialogue.template": str(tmp_path / "line.jinja"),
-            **changes,
-        }
-        configs.override(data, values)
-        return prepare_dialogues(
-            data, tokenizer, str(tmp_path / workdir), length=length, writer=writer
-        )
-
-    return make
-
-
-def train_config(**changes):
-    cfg = configs.TrainConfig(batch_size=4, length=64, steps=20)
-    cfg.data.packing = "first_fit"
-    return configs.override(cfg, changes)
-
-
-def learnt(tokenizer, batch):
-    """The targets that count, as text, row by row."""
-    return [
-        tokenizer.decode(targets[weights > 0], skip_special=False)
-        for targets, weights in zip(batch.targets, batch.weights, strict=True)
-    ]
-
 
 # ------------------------------------------------------------------------------------------ batches
 
@@ -259,6 +208,12 @@ def test_the_systems_turn_stays_when_the_oldest_go(made):
             r"all of its 1 rows are malformed \(1 empty answer\), .*rows.jsonl:1",
         ),
         ([{}, []], {}, r"malformed \(1 unknown layout, 1 no answer\)"),
+        (
+            [pair("a", ""), pair("a", "b"), {}],
+            {"eval_fraction": 0.1},
+            r"1 of its rows are held out \(lower data.eval_fraction\), the other 2 are malformed "
+            r"\(1 empty answer, 1 unknown layout\), the first .*rows.jsonl:1",
+        ),
         ([pair("a", "b")], {"eval_fraction": 0.1}, r"all .* held out; lower data.eval_fraction"),
     ],
 )
@@ -307,69 +262,21 @@ def test_what_a_template_refuses_is_counted_as_well(made, tmp_path):
         made(rows, **{"dialogue.template": "llama2", "dialogue.malformed": "fail"})
 
 
-# ------------------------------------------------------------------------------ template, tokenizer
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_a_trained_tokenizer_has_the_formats_tokens(made, tmp_path, name):
-    data = made([pair("a", "b")], length=256, **{"dialogue.template": name})
-    tokenizer = data.tokenizer
-    assert set(FORMATS[name].special_tokens) <= set(tokenizer.special_tokens)
-    ids = data.prompt("Hi")
-    expected = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hi"}], add_generation_prompt=True
+def test_a_row_that_is_nested_too_deeply_to_render_is_counted_as_well(made, tmp_path):
+    path = tmp_path / "deep.jinja"
+    path.write_text(
+        "{% macro inner(x) %}{{ inner(x) if x == 'deep' }}{% endmacro %}"
+        "{{ inner(messages[0].content) }}" + LINE
     )
-    assert ids == expected
-    # What ends an answer is known by its id.
-    ends = {
-        tokenizer.special_tokens[n] for n in FORMATS[name].stop if n in tokenizer.special_tokens
-    }
-    assert set(data.end_tokens) == ends and tokenizer.eos_id not in data.end_tokens
-    kept = tokenizers.load(tmp_path / "run/data/tokenizer")
-    assert kept.fingerprint() == tokenizer.fingerprint() and kept.chat_template
+    trained = configs.TokenizerConfig(kind="sentencepiece_bpe", vocab_size=275)
+    rows = [pair("deep", "b"), pair("to be or not", "to be or to be")]
+    made(rows, tokenizer=trained, **{"dialogue.template": str(path)})
+    (listed,) = [json.loads(r) for r in (tmp_path / "run/data/rejected.jsonl").open()]
+    assert (listed["line"], listed["rule"]) == (1, "refused by the template")
+    assert "recursion" in listed["detail"]
 
 
-def test_a_tokenizer_without_the_formats_tokens_reads_them_as_text(made, tmp_path, caplog):
-    tokenizers.train("byte", []).save(tmp_path / "bytes")
-    given = configs.TokenizerConfig(path=str(tmp_path / "bytes"))
-    caplog.set_level("INFO")
-    data = made([pair("a", "b")], tokenizer=given, **{"dialogue.template": "chatml"})
-    assert "no special token <|im_start|>, <|im_end|>" in caplog.text
-    assert data.end_tokens == () and data.stop == ("<|im_end|>",)
-    batch = data.loader(train_config(batch_size=1)).batch(0)
-    assert learnt(data.tokenizer, batch) == ["b<|im_end|>"]
-
-
-def test_the_tokenizers_own_template_is_the_default(made, tmp_path):
-    own = tokenizers.train("byte", [])
-    own.chat_template = LINE.replace(":", "=")
-    own.save(tmp_path / "own")
-    given = configs.TokenizerConfig(path=str(tmp_path / "own"))
-    data = made([pair("a", "b")], tokenizer=given, **{"dialogue.template": ""})
-    assert data.tokenizer.decode(data.prompt("Hi")) == "u=Hi"
-    own.chat_template = None
-    own.save(tmp_path / "none")
-    given = configs.TokenizerConfig(path=str(tmp_path / "none"))
-    with pytest.raises(
-        ValueError, match=r"none has no chat template; name one in data.dialogue.te"
-    ):
-        made([pair("a", "b")], tokenizer=given, **{"dialogue.template": ""})
-    with pytest.raises(
-        FileNotFoundError, match=r"template=chatlm: neither a file nor one of chatml"
-    ):
-        made([pair("a", "b")], **{"dialogue.template": "chatlm"})
-
-
-def test_another_process_has_the_same_data(made):
-    rows = [pair(f"question {i}", f"answer {i}" * (i % 3 + 1)) for i in range(20)]
-    trained = configs.TokenizerConfig(kind="sentencepiece_bpe", vocab_size=330)
-    changes = {"dialogue.template": "zephyr", "eval_fraction": 0.2, "length": 128}
-    first = made(rows, tokenizer=trained, **changes)
-    other = made(rows, tokenizer=trained, writer=False, **changes)
-    cfg = train_config(length=128)
-    assert other.tokenizer.fingerprint() == first.tokenizer.fingerprint()
-    assert other.loader(cfg).identity == first.loader(cfg).identity
-    assert other.parts() == first.parts()
+# --------------------------------------------------------------------------------- packing, replay
 
 
 def test_a_packing_that_cuts_conversations_is_an_error(made):

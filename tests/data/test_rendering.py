@@ -252,6 +252,35 @@ def test_train_on(small, marked):
     assert learnt("all").startswith("<|im_start|>system\ns<|im_end|>")
 
 
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_conversation_with_tools_has_the_template_for_tools(small, marked):
+    # Each of the two has another generation prompt, other marks and another end; and the second
+    # cannot do without tools.
+    default = "{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}"
+    answer = "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    with_tools = (
+        "{{ tools | map(attribute='name') | join }}:{% for m in messages %}<{{ m.role }}>"
+        "{% if m.role == 'assistant' %}" + answer + "{% else %}{{ m.content }}<|im_end|>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    if not marked:
+        with_tools = MARKS.sub("", with_tools)
+    own = HuggingFace(chat_cases.tokenizer_json(), {"eos": small.eos_id})
+    own.chat_template = {"default": default, "tool_use": with_tools}
+    renderer, tools = Renderer(own), [{"name": "f"}]
+
+    def learnt(**options):
+        text, spans = renderer.spans(AB, **options)
+        assert text == own.apply_chat_template(AB, tokenize=False, **options)
+        return [text[start:end] for start, end in spans]
+
+    for _ in range(2):  # whichever comes first
+        assert learnt(tools=tools) == ["b<|im_end|>", "a<|im_end|>"]
+        assert learnt() == ["b</s>", "a</s>"]
+    # A template that is named is for all.
+    assert Renderer(own, default).spans(AB, tools=tools)[0] == renderer.spans(AB)[0]
+
+
 def test_a_prompt_is_what_stands_before_an_answer(small):
     for chat_format in chat_formats.FORMATS.values():
         renderer = Renderer(small, chat_format.template)

@@ -1,5 +1,6 @@
 """Chat templates: what transformers renders, what a template may not do, where templates lie."""
 
+import datetime
 import json
 import pickle
 import sys
@@ -344,6 +345,15 @@ def test_mask_with_a_tokenizer_that_adds_a_space(real_data):
     assert tokenizer.decode([tokenizer.bos_id, *said], skip_special=False) == "<s> \U0001f917 yes"
 
 
+def test_a_template_writes_the_present_date_or_a_given_one(tokenizer):
+    template, form = "{{ strftime_now('%d %b %Y') }}", "%d %b %Y"
+    given = datetime.datetime(1999, 12, 31)
+    assert chat.render(template, TALK, now=given)[0] == given.strftime(form)
+    before = datetime.datetime.now().strftime(form)
+    text = tokenizer.apply_chat_template(TALK, chat_template=template, tokenize=False)
+    assert text in (before, datetime.datetime.now().strftime(form))
+
+
 def test_templates_by_name(tokenizer):
     messages = [{"role": "user", "content": "Hi"}]
     other = pickle.loads(pickle.dumps(tokenizer))
@@ -376,6 +386,7 @@ def test_templates_by_name(tokenizer):
         (CHATML, [], "^a chat needs at least one message$"),
         (CHATML, [{"role": "user", "content": object()}], "takes strings, .* not object"),
         ("{% if %}", TALK, "^chat template, line 1: "),
+        ("{% break %}", TALK, "^chat template: 'break' outside loop$"),
         ("{{ messages[0].content + 1 }}", TALK, "^chat template: can only concatenate str"),
         # The sandbox: no way out through attributes, and nothing given can be changed.
         ("{{ ''.__class__.__mro__ }}", TALK, "^chat template: .*unsafe"),
