@@ -41,7 +41,7 @@ def test_commands_run_in_order(folder):
             args += ["--config.steps=8", "--config.eval.rows=16", "--config.checkpoint.every=4"]
         if "experiments.sft" in command:  # the model that was trained above stands for the demo's
             args = [a.replace("runs/quickstart", "runs/smoke") for a in args]
-            args += ["--config.epochs=0", "--config.steps=8", "--config.checkpoint.every=0"]
+            args += ["--config.steps=8", "--config.optimizer.warmup_steps=0"]
         if "experiments.sweep" in command:  # half an hour; its grid, and a table that it would make
             args += ["--dry_run"]
         done = subprocess.run(
