@@ -1,7 +1,7 @@
 """Makes a model smaller in many ways and reports quality against bytes and against tokens/s.
 
 python -m experiments.compress --checkpoint=runs/quickstart --output=runs/compressed
-python -m experiments.compress --checkpoint=model.gguf --scheme=int8-row,nf4-64,prune-50 \\
+python -m experiments.compress --checkpoint=model.gguf --scheme=int8-channel,nf4-64,prune-50 \\
     --input=test.txt --window=1024 --limit_tokens=8192 --output=DIR
 
 Schemes: bfloat16; int8-row, int8-channel, int8-tensor; nf4-64, int4-64, int3-128 (any block, with or
@@ -25,7 +25,7 @@ _CHECKPOINT = flags.DEFINE_string(
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "default: the one that comes with the model")
 _SCHEME = flags.DEFINE_list(
     "scheme",
-    ["bfloat16", "int8-row", "int8-tensor", "nf4-64", "nf4-64-double", "int4-64", "prune-50"],
+    ["bfloat16", "int8-channel", "int8-tensor", "nf4-64", "nf4-64-double", "int4-64", "prune-50"],
     "what to compare, by name; see above",
 )
 _TARGETS = flags.DEFINE_string("targets", None, "pattern of the matrices' paths; default: layers'")

@@ -1,7 +1,7 @@
 """Ways to make a model smaller, by name: quantised, pruned at once, pruned while training.
 
 float32, bfloat16      the weights as they are
-int8-row, nf4-64, ...  quantised (`peft.quantization.parse`)
+int8-channel, nf4-64   quantised (`peft.quantization.parse`)
 prune-50, prune-50-global, prune-2:4   the smallest half of each matrix, of all together, n of m
 retrain-50, gradual-50, movement-50    the same with training: pruned at once and then trained,
                                        gradually over half of the steps, or by movement
