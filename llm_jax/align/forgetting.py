@@ -26,6 +26,7 @@ from llm_jax.data.prepare import prepare_corpus
 from llm_jax.data.tokens import Tokens
 from llm_jax.eval import output
 from llm_jax.eval.scoring import score_continuations, score_rows
+from llm_jax.nn import params as nn_params
 from llm_jax.nn.params import count
 from llm_jax.tokenizers import Tokenizer
 from llm_jax.train import checkpoint, environment, in_memory, loop
@@ -291,7 +292,13 @@ def _task_scores(params: PyTree, model: configs.ModelConfig, task: TaskData) -> 
 def _settings(lab: Lab, base: Base) -> dict[str, Any]:
     """What must not change from run to run; more seeds and remedies may come later."""
     same = {k: v for k, v in asdict(lab).items() if k not in ("remedies", "seeds", "data")}
-    return same | {"base": configs.to_dict(base.config)}
+    strengths = {name: remedy.changes for name, remedy in REMEDIES.items()}
+    weights = nn_params.fingerprint(base.params)
+    return same | {
+        "base": configs.to_dict(base.config),
+        "base_weights": weights,
+        "strengths": strengths,
+    }
 
 
 def read_tasks(lab: Lab, tokenizer: Tokenizer) -> dict[str, TaskData]:

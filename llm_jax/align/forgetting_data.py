@@ -4,7 +4,7 @@ Every row counts once, whatever it holds: a target's weight is 1 / (targets of i
 window of the original text, all of whose tokens are targets, would outweigh fifty answers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,10 +62,33 @@ def read_task(
     Raises:
       ValueError: fewer than `train` or no held-out example fit.
     """
-    # Twice as many and some: long ones go.
-    parts, _ = examples(name, folder, limit=2 * max(train, held_out) + 100)
+    limit = 2 * max(train, held_out) + 100  # long ones go
+    while True:
+        parts, _ = examples(name, folder, limit=limit)
+        found = _fitting(name, parts, tokenizer, length, {TRAIN: train, HELD_OUT: held_out})
+        enough = len(found.train) >= train and found.held_out
+        if enough or max(map(len, parts.values())) < limit:
+            break
+        limit *= 4
+    if not enough:
+        raise ValueError(
+            f"{name}: only {len(found.train)} examples of {train} for training and "
+            f"{len(found.held_out)} held-out ones fit --length={length} tokens; raise it, ask for "
+            "fewer examples (--examples), or leave the task out (--tasks)"
+        )
+    return found
+
+
+def _fitting(
+    name: str,
+    parts: Mapping[str, Sequence[Example]],
+    tokenizer: Tokenizer,
+    length: int,
+    most: Mapping[str, int],
+) -> TaskData:
+    """The first of each part that fit."""
     kept, too_long = {}, 0
-    for part, wanted in ((TRAIN, train), (HELD_OUT, held_out)):
+    for part, wanted in most.items():
         kept[part] = []
         for example in parts[part]:
             if len(kept[part]) == wanted:
@@ -76,12 +99,6 @@ def read_task(
                 kept[part].append(found)
             else:
                 too_long += 1
-    if len(kept[TRAIN]) < train or not kept[HELD_OUT]:
-        raise ValueError(
-            f"{name}: only {len(kept[TRAIN])} examples of {train} for training and "
-            f"{len(kept[HELD_OUT])} held-out ones fit --length={length} tokens; raise it, ask for "
-            "fewer examples (--examples), or leave the task out (--tasks)"
-        )
     return TaskData(name, tuple(kept[TRAIN]), tuple(kept[HELD_OUT]), too_long)
 
 

@@ -57,7 +57,8 @@ def accuracy(run: Run, tasks: Sequence[str]) -> float | None:
 def winner(points: Mapping[str, tuple[Estimate, Estimate]]) -> str:
     """The remedy that RULE names, of {remedy: (forgetting, gain)}."""
     best = max(gain.mean for _, gain in points.values())
-    good = {name: lost.mean for name, (lost, gain) in points.items() if gain.mean >= KEPT * best}
+    least = best - (1 - KEPT) * abs(best)  # below 0 where nothing was learned
+    good = {name: lost.mean for name, (lost, gain) in points.items() if gain.mean >= least}
     return min(good, key=good.get)
 
 
@@ -68,7 +69,8 @@ class Findings:
         self.settings, self.before = result["settings"], result["before"]
         self.runs = list(result["runs"].values())
         self.target = self.settings["tasks"][0]
-        self.tasks = list(self.before["by_task"])  # those that are tuned on come first
+        # Those that are tuned on come first, in their order.
+        self.tasks = list(dict.fromkeys([*self.settings["tasks"], *self.before["by_task"]]))
         self.others = self.tasks[1:]
         self.sizes = sorted({r["examples"] for r in self.runs})
         self.remedies = list(dict.fromkeys(r["remedy"] for r in self.runs))

@@ -137,6 +137,17 @@ def test_too_few_examples_are_an_error(monkeypatch):
         forgetting_data.read_task("python_question", "", tokenizer, length=16, train=8, held_out=4)
 
 
+def test_examples_that_fit_are_looked_for_in_all_of_a_task(monkeypatch):
+    tokenizer = tokenizers.train("byte", [])
+    answers = [f"a{i}" if i % 50 == 0 else f"{i} long " * 40 for i in range(2000)]
+    rows = tuple((f"n{i}", f"q{i}", text) for i, text in enumerate(answers))
+    monkeypatch.setattr(task_rows.corpus, "questions", lambda: rows)
+    found = forgetting_data.read_task(
+        "python_question", "", tokenizer, length=80, train=12, held_out=2
+    )
+    assert len(found.train) == 12 and found.held_out and found.too_long > 300
+
+
 # ------------------------------------------------------------------------------------------ scores
 
 
@@ -206,6 +217,9 @@ def test_runs_are_kept_and_not_done_again(base, tmp_path, monkeypatch):
         ValueError, match="measurements that differ in epochs; choose another --workdir"
     ):
         forgetting.run(other, base, tmp_path)
+    trained_on = base._replace(params=jax.tree.map(lambda x: 1.01 * x, base.params))
+    with pytest.raises(ValueError, match="differ in base_weights; choose"):
+        forgetting.run(lab, trained_on, tmp_path)
 
 
 def test_a_tuning_config_keeps_the_model_and_takes_the_remedy(base):
@@ -253,13 +267,15 @@ def test_the_winner_forgets_least_of_those_that_learn_as_much():
     }
     assert winner(points) == "replay"
     assert winner({**points, "replay": point(0.10, 0.949)}) == "plain"
+    worse = {"plain": point(0.50, -1.00), "replay": point(0.10, -1.04), "L2": point(0.0, -1.06)}
+    assert winner(worse) == "replay"
 
 
 def result(seeds=3):
     """Made-up runs: replay halves what is forgotten, and learns as much."""
 
     def score(bits, target, other):
-        tasks = {"a": target, "b": other, "c": other}
+        tasks = {"c": 7.0, "a": target, "b": other}  # c is never tuned on
         return {
             "bits_per_byte": bits,
             "by_task": {
@@ -289,7 +305,8 @@ def test_report(tmp_path):
     assert f.mean == pytest.approx(0.08) and g.mean == pytest.approx(0.81)
     assert g.error == pytest.approx(0.01 / math.sqrt(3))
     row = forgetting_report.table(found)[1]
-    assert row["others: gain"].mean == pytest.approx(-0.1) and row["seeds"] == 3
+    assert found.tasks == ["a", "b", "c"]
+    assert row["others: gain"].mean == pytest.approx(-0.05) and row["seeds"] == 3
     path = forgetting_report.write(tmp_path, result())
     text = path.read_text()
     assert "**Winner: replay.**" in text and "0.0800 ± 0.0000" in text

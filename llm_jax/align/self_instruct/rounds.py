@@ -3,7 +3,8 @@
 A round asks for instructions, filters them, and makes an instance of each that is left: a label and
 an input that fits it where the answer is one of a few labels (output first), otherwise an input, or
 none, and an answer (input first). Examples are drawn from the seed tasks and from what was kept.
-Round r depends on the seed, on r and on what earlier rounds kept, and on nothing else.
+Round r depends on the seed, on r, on how many are asked for in it (the last of a limit: fewer), and
+on what earlier rounds kept.
 """
 
 import dataclasses
