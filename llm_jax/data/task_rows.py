@@ -154,7 +154,8 @@ def winogrande(folder: Path) -> Iterator[Row]:
     """WinoGrande (Sakaguchi et al. 2020); twins, which differ in a word, stay together."""
     for row in _lines(folder / "eval" / "winogrande.jsonl"):
         one, two = row["context_options"]
-        same = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), 0)
+        differ = (i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)
+        same = next(differ, min(len(one), len(two)))
         start = one.rfind(" ", 0, same) + 1  # the names may begin alike
         text = f"{one[:start]}_ {row['continuation'].strip()}"
         yield Row({"text": text}, (one[start:], two[start:]), int(row["gold"]), group=one[:start])

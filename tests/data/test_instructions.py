@@ -33,12 +33,12 @@ def folder(tmp_path_factory):
             {"question": "1+2?", "answer": "It is 1+2=<<1+2=3>>3.\n#### 3"}
         ),
         "gsm8k/test.jsonl": json.dumps({"question": "q", "answer": "s\n#### 1,000"}),
-        "eval/winogrande.jsonl": json.dumps(
-            {
-                "context_options": ["Mark met Mary so Mark", "Mark met Mary so Mary"],
-                "continuation": "left.",
-                "gold": 1,
-            }
+        "eval/winogrande.jsonl": "\n".join(
+            json.dumps({"context_options": pair, "continuation": "left.", "gold": 1})
+            for pair in (
+                ["Mark met Mary so Mark", "Mark met Mary so Mary"],
+                ["He took the pen", "He took the pencil"],
+            )
         ),
         "eval/boolq.jsonl": "".join(
             json.dumps(
@@ -184,7 +184,8 @@ def test_groups_are_never_cut(folder):
 
 
 def test_readers(folder):
-    (twin,) = rows("winogrande", folder)
+    twin, longer = rows("winogrande", folder)
+    assert longer.fields["text"] == "He took the _ left." and longer.choices == ("pen", "pencil")
     # Cut where the names begin to differ, the text would be "Mark met Mary so Mar_".
     assert twin.fields["text"] == "Mark met Mary so _ left." and twin.choices == ("Mark", "Mary")
     named, none, _ = rows("wnut", folder)
