@@ -7,7 +7,8 @@ python -m experiments.compress --checkpoint=model.gguf --scheme=int8-channel,nf4
 Schemes: bfloat16; int8-row, int8-channel, int8-tensor; nf4-64, int4-64, int3-128 (any block, with or
 without -double); prune-50, prune-50-global, prune-2:4; and with --train_steps: retrain-50,
 gradual-50, movement-50. float32 is always measured. Each measurement is in DIR/results.json as soon
-as it is made: the same command goes on where it stopped, and one with other schemes adds them.
+as it is made: the same command goes on where it stopped, and one with other schemes (and the same
+--train flags) adds them.
 """
 
 import os

@@ -60,6 +60,7 @@ def main(argv: list[str]) -> None:
     import llm_jax
     from llm_jax.align import self_instruct
     from llm_jax.align.self_instruct import tasks, turns
+    from llm_jax.nn.params import fingerprint
 
     seeds = tasks.read_tasks(_INPUT.value or tasks.SEED_TASKS)
     options = self_instruct.Options(
@@ -85,7 +86,7 @@ def main(argv: list[str]) -> None:
         target=_TARGET.value,
         limit=_LIMIT.value,
         options=options,
-        source=model.config.name,
+        source=f"{model.config.name} {fingerprint(model.params)}",
     )
     print(
         f"{counts['kept']} of {counts['parsed']} instructions were kept ({counts['yield']:.1%}); see "

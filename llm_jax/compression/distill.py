@@ -183,20 +183,25 @@ def train(
         teacher = load_teacher(teacher_path, mesh)
         record["weights"] = nn_params.fingerprint(teacher.params)
         record.update(configs.to_dict(distill))
-        if distributed.is_main():
+        if distributed.is_main() and not options.get("dry_run"):
             _note_changes(workdir, record)
         return make_task(cfg, mesh, corpus, loader, distill=distill, teacher=teacher)
 
+    before = _saved_steps(workdir)
     summary = loop.train(cfg, workdir, task=task, **options)
-    if distributed.is_main() and not options.get("dry_run"):
+    if distributed.is_main() and before != _saved_steps(workdir):
         write_json(str(workdir / RECORD), record)
     return summary
+
+
+def _saved_steps(workdir: Path) -> set[Path]:
+    return set(workdir.glob("checkpoints/[0-9]*"))
 
 
 def _note_changes(workdir: Path, record: dict[str, Any]) -> None:
     """Says what differs from the record of a run that goes on; writes that of a new one."""
     path = workdir / RECORD
-    if not path.exists() or not any(workdir.glob("checkpoints/[0-9]*")):
+    if not path.exists() or not _saved_steps(workdir):
         write_json(str(path), record)
         return
     known = json.loads(path.read_text())

@@ -21,8 +21,8 @@ class Texts(NamedTuple):
 
 
 def read(path: str, *, train: bool = False) -> Iterator[str]:
-    """The whole documents of a file, folder or hf:NAME; of the embedded corpus (no path) those that
-    are held out, or with `train` the others.
+    """The whole documents of a file, folder or hf:NAME; of the embedded corpus (no path) what is held
+    out, or with `train` the rest: the document at the cut has a part in either.
 
     Raises:
       ValueError, FileNotFoundError: as `documents.read`.
@@ -39,6 +39,8 @@ def read(path: str, *, train: bool = False) -> Iterator[str]:
         if piece.last:
             yield "".join(parts)
             parts = []
+    if parts:  # the embedded corpus is cut inside a document
+        yield "".join(parts)
 
 
 def where(path: str) -> str:

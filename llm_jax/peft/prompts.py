@@ -36,18 +36,18 @@ def specs(base_specs: PyTree, cfg: PeftConfig) -> PyTree:
     return {"prefix": {"k": spec, "v": spec}}
 
 
-def start(base: PyTree, trained: PyTree, key: Array, cfg: PeftConfig) -> PyTree:
+def start(base: PyTree, trained: PyTree, key: Array, cfg: PeftConfig, *, vocab_size: int) -> PyTree:
     """First values: a prompt is the embeddings of `cfg.start_ids`, over and over, or without them
-    rows of the vocabulary drawn at random, without repetition where there are enough; a prefix is
-    small noise."""
+    those of tokens drawn at random, without repetition where there are enough; a prefix is small
+    noise."""
     if cfg.start_ids:
         return from_tokens(base, jnp.resize(jnp.array(cfg.start_ids), (cfg.tokens,)))
     if cfg.method == "prefix":
         keys = dict(zip(("k", "v"), jax.random.split(key), strict=True))
         spec = trained["prefix"]
         return {"prefix": {n: spec[n].init(keys[n], spec[n].shape, spec[n].dtype) for n in spec}}
-    rows = base["embed"]["tokens"].shape[0]
-    ids = jax.random.choice(key, rows, (cfg.tokens,), replace=rows < cfg.tokens)
+    # The table has more rows than tokens where it is padded.
+    ids = jax.random.choice(key, vocab_size, (cfg.tokens,), replace=vocab_size < cfg.tokens)
     return from_tokens(base, ids)
 
 

@@ -79,7 +79,8 @@ def make_tuning(cfg: TrainConfig, specs: PyTree) -> Tuning:
         own = {path: flat[path] for path in whole}
         base = {path: hold(path, leaf) for path, leaf in flat.items() if path not in whole}
         if hasattr(method, "start"):
-            trained = method.start(params, new, key, cfg.peft)
+            size = cfg.model.vocab_size
+            trained = method.start(params, new, key, cfg.peft, vocab_size=size)
         else:
             trained = nn_params.init(new, key)
         if cfg.peft.method == "prefix" and cfg.peft.start_ids:

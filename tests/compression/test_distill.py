@@ -233,4 +233,4 @@ def test_a_run_leaves_a_student_that_loads(corpus, teacher_run, tmp_path, capsys
     run(alpha=0.25)
     assert "note: this run goes on with alpha=0.25 (was 0.5)\n" in capsys.readouterr().out
     record = json.loads((tmp_path / "student/distill.json").read_text())
-    assert record["teacher"] == str(teacher_run) and record["top_k"] == top_k
+    assert record["teacher"] == str(teacher_run) and record["alpha"] == 0.5  # as it was trained

@@ -1,5 +1,6 @@
 """The texts that models are measured on, and those that they may be trained on."""
 
+from llm_jax.data import documents
 from llm_jax.eval import texts
 from llm_jax.tokenizers.simple import Bytes
 
@@ -20,3 +21,5 @@ def test_what_is_held_out_of_the_embedded_corpus_is_not_in_its_training_text():
     held_out, train = "".join(texts.read("")), "".join(texts.read("", train=True))
     assert 0.09 < len(held_out) / (len(held_out) + len(train)) < 0.11
     assert held_out[1000:3000] not in train
+    every = "".join(piece.text for piece in documents.read(["embedded:docs"]))
+    assert train + held_out == every

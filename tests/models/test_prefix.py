@@ -206,7 +206,11 @@ def test_trained_alone_it_gives_a_constant_answer(method):
     cfg, params = setup("interleaved", scan=False, remat="none")
     peft = PeftConfig(method=method, tokens=8)
     trained = prompts.start(
-        params, prompts.specs(decoder.specs(cfg), peft), jax.random.key(1), peft
+        params,
+        prompts.specs(decoder.specs(cfg), peft),
+        jax.random.key(1),
+        peft,
+        vocab_size=cfg.vocab_size,
     )
     batch = random_batch(8, L).replace(targets=np.full((8, L), 17, np.int32))
     optimizer = optax.adam(0.1)

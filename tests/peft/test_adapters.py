@@ -126,10 +126,10 @@ def test_prompts_and_prefixes_declare_what_the_model_takes():
     # A prompt starts from different rows of the vocabulary.
     base, _ = made(model, None, 1)
     table = np.asarray(base["embed"]["tokens"])
-    x = prompts.start(base, prompts.specs(specs, prompt), jax.random.key(0), prompt)
-    x = np.asarray(x["prefix"]["embeddings"])
-    found = [int(np.flatnonzero((table == row).all(axis=1))[0]) for row in x]
-    assert len(set(found)) == 7
+    new, key = prompts.specs(specs, prompt), jax.random.key(0)
+    x = prompts.start(base, new, key, prompt, vocab_size=9)["prefix"]["embeddings"]
+    found = [int(np.flatnonzero((table == row).all(axis=1))[0]) for row in np.asarray(x)]
+    assert len(set(found)) == 7 and max(found) < 9  # the rest of the table is padding
 
 
 @pytest.mark.parametrize(
