@@ -303,13 +303,17 @@ def _blocks(points: Sequence[Point], about: dict, command: Sequence[str]) -> lis
         if any(q.sparsity is not None for q in points):
             row["pruned"] = "" if p.sparsity is None else f"{p.sparsity:.1%}"
         rows.append(row | {"frontier": " ".join(p.frontiers)})
+    speed = (
+        f"Speed is that of one row on {about['device']}, jax {about['jax']}, median of {ROUNDS}, each "
+        "timed in turn with the float32 model. "
+    )
+    timed = any(p.tokens_per_second is not None for p in points)
     blocks = [
         Text(
             f"Perplexity of {about['input'] or 'the given texts'}, window and stride "
             f"{about['window'] or 'the longest that the model takes'}; schemes apply to the matrices "
-            f"`{about['targets']}`, and bytes are those of all weights. Speed is that of one row on "
-            f"{about['device']}, jax {about['jax']}, median of {ROUNDS}, each timed in turn with the "
-            "float32 model. On a frontier is what no other scheme beats."
+            f"`{about['targets']}`, and bytes are those of all weights. "
+            f"{speed if timed else ''}On a frontier is what no other scheme beats."
         ),
         Table(rows),
         _plot(
