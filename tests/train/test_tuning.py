@@ -194,7 +194,10 @@ def test_a_base_that_is_gone_is_named(corpus, base, tmp_path):
     llm_jax.load(tmp_path / "run", base=tmp_path / "moved")
 
 
-@pytest.mark.parametrize("held", ["float", "int8", "nf4"])
+@pytest.mark.parametrize(
+    "held",
+    [*(pytest.param(held, marks=pytest.mark.slow) for held in ("float", "int8")), "nf4"],
+)  # 15 seconds each
 def test_a_mesh_changes_nothing(held):
     batch = random_batch(packed=True)
 
