@@ -147,13 +147,20 @@ def test_other_methods_train_save_and_load(corpus, base, tmp_path, method, names
         model.merged()
 
 
-def test_parameters_trained_whole_beside_it(corpus, base, tmp_path):
-    summary = tune(corpus, base, tmp_path / "also", **{"peft.also": ("norm/scale$",)})
+def test_parameters_trained_whole_beside_it(corpus, base, tuned, tmp_path):
+    also = {"peft.also": ("norm/scale$",), "eval.at_start": True}
+    summary = tune(corpus, base, tmp_path / "also", **also)
+    assert summary["eval_loss_at_start"] == tuned[1]["eval_loss_at_start"]
     names = set(flatten(checkpoint._metadata(tmp_path / "also" / "checkpoints", 12)))
     assert {"final_norm/scale", "layers/attn_norm/scale", "layers/mlp_norm/scale"} < names
     was = flatten(llm_jax.load(base).params)["final_norm/scale"]
     now = flatten(llm_jax.load(tmp_path / "also").params)["final_norm/scale"]
     assert float(abs(was - now).max()) > 0 and summary["bits_per_byte"] > 0
+    whole = {"peft.method": "lora", "peft.also": ("embed/tokens$",), "model.dtype": "bfloat16"}
+    cfg = tiny_train(**whole)
+    tuning = make_tuning(cfg, models.family("decoder").specs(cfg.model))
+    kept = {path: tuning.hold(path, was).dtype for path in ("embed/tokens", "layers/attn/q/w")}
+    assert kept == {"embed/tokens": "float32", "layers/attn/q/w": "bfloat16"}  # a master, a copy
 
 
 def test_a_prompt_and_a_prefix_that_start_as_a_text_are_that_text(corpus, base, tmp_path):
