@@ -26,7 +26,7 @@ def get_config() -> TrainConfig:
         epochs=1,
         batch_size=16,
         length=2048,
-        accumulation=4,
+        accumulation=2,
         model=ModelConfig(remat="full"),
         peft=PeftConfig(method="lora", base="nf4", rank=64, alpha=16.0, dropout=0.05),
         optimizer=OptimizerConfig(

@@ -69,8 +69,8 @@ for args in json.loads(sys.argv[1]):
     try:
         cli.check_config_flags(args)
         flags.FLAGS(sys.argv)
-        cfg = pretrain._CONFIG.value
-        print(json.dumps([cfg.steps, cfg.name, pretrain._WORKDIR.value]), flush=True)
+        cfg = pretrain._TRAINING.config()
+        print(json.dumps([cfg.steps, cfg.name, flags.FLAGS.workdir]), flush=True)
     except flags.Error as e:
         print(json.dumps(str(e)), flush=True)
     os._exit(0)

@@ -121,6 +121,9 @@ def test_dense_and_embed_accept_any_weight_leaf():
         def dequantize(self, dtype):
             return (2 * self.w).astype(dtype)
 
+        def layout(self, axes):
+            return Doubled(axes)
+
     w = jax.random.normal(jax.random.key(0), (4, 6))
     x = jax.random.normal(jax.random.key(1), (2, 3, 4))
     np.testing.assert_allclose(read([{"w": Doubled(w)}], x, ["mlp"])[0], 2 * x @ w, rtol=1e-5)
