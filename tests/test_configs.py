@@ -65,7 +65,10 @@ def test_recipe_lowers_on_eight_devices(path):
     shapes = jax.tree.leaves(lowered.out_info)
     m = cfg.model
     experts = (m.moe.n_experts,) if m.moe.n_experts else ()
-    up = (m.n_layers, *experts, m.d_model, m.moe.d_ff or m.d_ff)
+    wide = m.moe.d_ff or m.d_ff
+    if cfg.peft.method == "lora":  # the matrix itself is held quantised
+        wide = cfg.peft.rank
+    up = (m.n_layers, *experts, m.d_model, wide)
     assert any(s.shape == up for s in shapes)
 
 
