@@ -33,13 +33,13 @@ LORA = {"peft.method": "lora", "peft.rank": 4, "optimizer.ema_decay": 0.0}
 def base(corpus, tmp_path_factory):
     """A run to start from."""
     workdir = tmp_path_factory.mktemp("base")
-    train(run_config(corpus, **{"eval.sample_tokens": 0}), workdir)
+    train(run_config(corpus, **{"eval.sample_tokens": 0}), workdir, devices=jax.devices()[:1])
     return workdir
 
 
 def tune(corpus, base, workdir, **changes):
     values = {"checkpoint.init_from": str(base), "eval.sample_tokens": 0, **LORA, **changes}
-    return train(run_config(corpus, **values), workdir)
+    return train(run_config(corpus, **values), workdir, devices=jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
