@@ -134,7 +134,7 @@ class Training:
         if "steps" in (asked := self._asked()):
             if "epochs" in asked and cfg.epochs:
                 raise ValueError("--config.steps and --config.epochs both say how long; drop one")
-            cfg.epochs = 0  # of the recipe
+            cfg.epochs = 0.0  # of the recipe
         return cfg
 
     def _asked(self) -> list[str]:

@@ -138,9 +138,14 @@ def count(specs: PyTree, *, embeddings: bool = True) -> int:
 def digest(x: Array) -> Array:
     """uint32, of an array's values in bfloat16 and their places: the same on every mesh, and whether
     the array is held in float32 or in bfloat16."""
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16).reshape(-1), jnp.uint16)
-    factors = jax.lax.iota(jnp.uint32, bits.size) * np.uint32(2654435761) | np.uint32(1)
-    return jnp.sum(bits.astype(jnp.uint32) * factors, dtype=jnp.uint32)  # modulo 2^32
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+    # Every product is modulo 2^32. No reshape: one of a cut array would gather it.
+    places = jnp.zeros(x.shape, jnp.uint32)
+    for dim in range(x.ndim):
+        stride = np.uint32(math.prod(x.shape[dim + 1 :]) % 2**32)
+        places += jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim) * stride
+    factors = places * np.uint32(2654435761) | np.uint32(1)
+    return jnp.sum(bits.astype(jnp.uint32) * factors, dtype=jnp.uint32)
 
 
 def fingerprint(params: PyTree) -> str:

@@ -254,8 +254,8 @@ class _Run:
             )
             if finished.exists():
                 return json.loads(finished.read_text())
-        hash = self.corpus.tokenizer.fingerprint()
-        environment.write(self.workdir, cfg, hash, self.loader.identity)
+        tokenizer_hash = self.corpus.tokenizer.fingerprint()
+        environment.write(self.workdir, cfg, tokenizer_hash, self.loader.identity)
         self.log = MetricsLog(
             self.workdir, step=start, tensorboard=cfg.log.tensorboard, active=self.main
         )
