@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from llm_jax import sharding
+from llm_jax.config import MeshConfig
 from llm_jax.nn.params import digest, fingerprint
 
 
@@ -22,8 +24,8 @@ def test_a_digest_is_of_values_and_places(x):
 
 
 def test_it_is_the_same_on_every_mesh_and_gathers_nothing(x):
-    mesh = jax.make_mesh((2, 2), ("a", "b"), devices=jax.devices()[:4])
-    cut = jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, "a", "b")))
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
+    cut = jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, "fsdp", "tensor")))
     assert int(digest(cut)) == int(digest(x)) == int(digest(x.astype(jnp.bfloat16)))
     assert "all-gather" not in digest.lower(cut).compile().as_text()
 
