@@ -280,7 +280,8 @@ def _csv(rows: Iterator[list[str]]) -> Iterator[Row]:
 
 def beside(path: str, patterns: Sequence[str]) -> str:
     """The folder with files called like `patterns` that is closest to `path`: in it, beside it, or
-    beside the folder it is in.
+    beside the folder it is in. A file that only says which split it is ("train.jsonl") has to lie
+    in the same folder: in another it may be any data set's.
 
     Raises:
       FileNotFoundError: there is none.
@@ -291,12 +292,14 @@ def beside(path: str, patterns: Sequence[str]) -> str:
             return os.path.dirname(find(path, patterns)[0])
         except FileNotFoundError:
             pass
-    parent = os.path.dirname(path)
-    for base in (parent, os.path.dirname(parent)):
+    parent = glob.escape(os.path.dirname(path))
+    above = glob.escape(os.path.dirname(os.path.dirname(path)))
+    for folder in (parent, f"{parent}/*", above, f"{above}/*"):
         for pattern in patterns:
-            for below in ("", "*"):
-                if found := glob.glob(os.path.join(glob.escape(base), below, pattern)):
-                    return os.path.dirname(found[0])
+            if folder != parent and os.path.splitext(pattern)[0] in ("train", "dev", "validation"):
+                continue
+            if found := sorted(glob.glob(os.path.join(folder, pattern))):
+                return os.path.dirname(found[0])
     raise FileNotFoundError(
         f"{path}: no {' or '.join(patterns)} beside it for worked examples; name them with "
         "--fewshot_input, or set --num_fewshot=0"

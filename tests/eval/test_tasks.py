@@ -289,7 +289,10 @@ def test_generation_with_a_model(model, tmp_path):
 def test_refusals(model, tmp_path):
     """Before anything is computed, in one line that names what to change."""
     rows = CHOICES[:1]
-    path = write(tmp_path / "mine.jsonl", rows)
+    for folder in ("mine", "another"):
+        (tmp_path / folder).mkdir()
+    path = write(tmp_path / "mine" / "mine.jsonl", rows)
+    write(tmp_path / "another" / "train.jsonl", rows)  # of another data set: not gsm8k's examples
     for names, options, message in [
         (["arc_eazy"], {}, "--task=arc_eazy is unknown"),
         (["boolq"], {}, "--task=boolq needs --input: boolq.jsonl"),
