@@ -187,11 +187,12 @@ def _alpaca(row: dict) -> list[dict]:
         messages.append({"role": "assistant", "content": pair[1]})
     if "output" not in row:
         raise Malformed("no answer", f"no 'output'; its keys are {_keys(row)}")
-    question = _text(row, "instruction")
-    if row.get("input") is not None:
-        given = _text(row, "input")
-        question = "\n\n".join(part for part in (question, given) if part.strip())
-    messages.append({"role": "user", "content": question})
+    asked = {"role": "user", "content": _text(row, "instruction")}
+    if row.get("input") is not None and (given := _text(row, "input")).strip():
+        # The Alpaca template writes the two under headings of their own, others the one text.
+        asked |= {"instruction": asked["content"], "input": given}
+        asked["content"] = "\n\n".join(p for p in (asked["content"], given) if p.strip())
+    messages.append(asked)
     messages.append({"role": "assistant", "content": _text(row, "output")})
     return messages
 

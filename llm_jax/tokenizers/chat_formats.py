@@ -3,7 +3,8 @@
     chatml    OpenAI's markup; Qwen, SmolLM and many others
     llama2    Touvron et al., Llama 2, 2023: [INST] and <<SYS>>
     llama3    the Llama 3 herd, 2024: header ids and <|eot_id|>
-    alpaca    Taori et al., Stanford Alpaca, 2023: headings
+    alpaca    Taori et al., Stanford Alpaca, 2023: headings; a user's message with "instruction" and
+              "input" besides its "content" has them under two
     zephyr    Tunstall et al., Zephyr, 2023: role tags and the tokenizer's end token
 
 The answers stand in `{% generation %}` blocks: from where a generation prompt ends to the end of
@@ -68,12 +69,18 @@ _ALPACA = """\
     {{- messages[0]['content'] + '\\n\\n' }}
     {%- set turns = messages[1:] %}
 {%- else %}
-    {{- 'Below is an instruction that describes a task. Write a response that appropriately ' }}
-    {{- 'completes the request.\\n\\n' }}
+    {{- 'Below is an instruction that describes a task' }}
+    {%- if messages[0]['instruction'] and messages[0]['input'] %}
+        {{- ', paired with an input that provides further context' }}
+    {%- endif %}
+    {{- '. Write a response that appropriately completes the request.\\n\\n' }}
     {%- set turns = messages %}
 {%- endif %}
 {%- for message in turns %}
-    {%- if message['role'] == 'user' %}
+    {%- if message['role'] == 'user' and message['instruction'] and message['input'] %}
+        {{- '### Instruction:\\n' + message['instruction'] + '\\n\\n' }}
+        {{- '### Input:\\n' + message['input'] + '\\n\\n' }}
+    {%- elif message['role'] == 'user' %}
         {{- '### Instruction:\\n' + message['content'] + '\\n\\n' }}
     {%- elif message['role'] == 'assistant' %}
         {{- '### Response:\\n' }}

@@ -29,7 +29,7 @@ CALL = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "
 ROWS = {
     "alpaca": (
         {"instruction": "Add.", "input": "1 2", "output": "3"},
-        [user("Add.\n\n1 2"), assistant("3")],
+        [user("Add.\n\n1 2") | {"instruction": "Add.", "input": "1 2"}, assistant("3")],
     ),
     "alpaca, no input": (
         {"instruction": "Add.", "input": "", "output": "3"},

@@ -68,6 +68,23 @@ def test_a_format_is_written_as_its_publishers_do(name):
         assert token in text
 
 
+def test_an_instruction_and_its_input_have_headings_in_alpaca_only():
+    """The prompts of Stanford's train.py, but for the line break before a response."""
+    parts = {"instruction": "Add.", "input": "1 2"}
+    asked = {"role": "user", "content": "Add.\n\n1 2"}
+    assert render("alpaca", [asked | parts])[0] == (
+        "Below is an instruction that describes a task, paired with an input that provides further "
+        "context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
+    )
+    whole = f"{PREAMBLE}### Instruction:\nAdd.\n\n1 2\n\n### Response:\n"
+    assert render("alpaca", [asked])[0] == whole
+    for part in ({"input": "1 2"}, {"instruction": "Add."}):  # somebody's own keys
+        assert render("alpaca", [asked | part])[0] == whole
+    for name in FORMATS.keys() - {"alpaca"}:
+        assert render(name, [asked | parts]) == render(name, [asked])
+
+
 @pytest.mark.parametrize("name", ["llama2", "alpaca"])
 def test_turns_that_a_format_has_not_are_refused(name):
     with pytest.raises(ValueError, match=r"^chat template: "):
