@@ -8,12 +8,24 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Most of the suite's time is compilation; the binaries that tests start run fully optimised.
+# Most of the suite's time is compilation.
 jax.config.update("jax_disable_most_optimizations", True)
-_CACHE = tempfile.TemporaryDirectory(prefix="llm_jax_test_cache_")
-jax.config.update("jax_compilation_cache_dir", _CACHE.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-os.environ["LLM_JAX_TEST_CACHE"] = _CACHE.name
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+if "LLM_JAX_TEST_CACHE" not in os.environ:  # xdist's workers have that of the process above them
+    _CACHE = tempfile.TemporaryDirectory(prefix="llm_jax_test_cache_")
+    os.environ["LLM_JAX_TEST_CACHE"] = _CACHE.name
+jax.config.update("jax_compilation_cache_dir", os.environ["LLM_JAX_TEST_CACHE"])
+
+from runs import QUICK_COMPILATION  # noqa: E402
+
+# XLA reads its flags once: they are for this process, not for those that it starts.
+_BEFORE = os.environ.get("XLA_FLAGS")
+os.environ["XLA_FLAGS"] = f"{_BEFORE or ''} {QUICK_COMPILATION}"
+jax.jit(lambda x: x + 1)(0)
+if _BEFORE is None:
+    del os.environ["XLA_FLAGS"]
+else:
+    os.environ["XLA_FLAGS"] = _BEFORE
 
 from llm_jax import config as configs  # noqa: E402
 from llm_jax import sharding  # noqa: E402

@@ -34,14 +34,17 @@ def folder(tmp_path_factory):
 def test_commands_run_in_order(folder):
     commands = [c for b in blocks("bash") for c in b.splitlines() if c.startswith("python")]
     assert len(commands) >= 6
-    env = environment() | {"PYTHONPATH": str(ROOT)}
     for command in commands:
+        # The first commands of all exactly as a user's.
+        first = "runs/smoke" in command
+        env = environment(optimized=first)
         args = [sys.executable, *shlex.split(command)[1:]]
         if "experiments.pretrain" in command:  # fewer steps; everything else as it stands
             args += ["--config.steps=8", "--config.eval.rows=16", "--config.checkpoint.every=4"]
         if "experiments.sft" in command:  # the model that was trained above stands for the demo's
             args = [a.replace("runs/quickstart", "runs/smoke") for a in args]
             args += ["--config.steps=8", "--config.optimizer.warmup_steps=0"]
+            args += ["--config.eval.rows=16", "--config.eval.sample_tokens=8"]
         if "experiments.sweep" in command:  # half an hour; its grid, and a table that it would make
             args += ["--dry_run"]
         done = subprocess.run(
