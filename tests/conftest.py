@@ -19,13 +19,13 @@ jax.config.update("jax_compilation_cache_dir", os.environ["LLM_JAX_TEST_CACHE"])
 from runs import QUICK_COMPILATION  # noqa: E402
 
 # XLA reads its flags once: they are for this process, not for those that it starts.
-_BEFORE = os.environ.get("XLA_FLAGS")
-os.environ["XLA_FLAGS"] = f"{_BEFORE or ''} {QUICK_COMPILATION}"
-jax.jit(lambda x: x + 1)(0)
-if _BEFORE is None:
+if QUICK_COMPILATION:
+    _BEFORE = os.environ.get("XLA_FLAGS")
+    os.environ["XLA_FLAGS"] = f"{QUICK_COMPILATION} {_BEFORE or ''}"
+    jax.jit(lambda x: x + 1)(0)
     del os.environ["XLA_FLAGS"]
-else:
-    os.environ["XLA_FLAGS"] = _BEFORE
+    if _BEFORE is not None:
+        os.environ["XLA_FLAGS"] = _BEFORE
 
 from llm_jax import config as configs  # noqa: E402
 from llm_jax import sharding  # noqa: E402

@@ -67,7 +67,7 @@ def environment(devices: int | None = None, *, optimized: bool = False, **more: 
         "PYTHONPATH": str(ROOT),
         **more,
     }
-    flags = [] if optimized else [QUICK_COMPILATION]
+    flags = [QUICK_COMPILATION] if QUICK_COMPILATION and not optimized else []
     if devices:
         flags.append(f"--xla_force_host_platform_device_count={devices}")
     env["XLA_FLAGS"] = " ".join(flags)
