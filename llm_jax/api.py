@@ -125,6 +125,7 @@ class Model:
                 raise ValueError(f"{path} is a whole model, not an adapter; load it")
             for part in ("peft", "data", "tokenizer"):
                 setattr(config, part, configs.thaw(getattr(run, part)))
+            config.model.head = run.model.head
             base_model.check_base(path, run, self.params)
             trained = base_model.load_trained(path, run, self.mesh)
             tokenizer = checkpoint.load_tokenizer(path)

@@ -15,7 +15,7 @@ import sysconfig
 import tokenize
 from collections.abc import Iterable, Iterator
 
-NAMES = ("docs", "docstrings", "questions", "source", "topics")
+NAMES = ("docs", "docstrings", "preferences", "questions", "source", "topics")
 
 # Tests, programs beside the library, generated tables (a hundred codecs share one docstring but for
 # a name), the text of `topics` as code, and what is not part of Python.
@@ -42,6 +42,7 @@ def documents(name: str) -> Iterator[tuple[str, str]]:
     docs        both, mixed: any part of it, such as the last tenth, is a fair sample
     source      the source files of the standard library, 9 MB
     questions   `questions`, each with its answer in one text, 1 MB
+    preferences the same texts: `preferences`, each with its chosen answer
 
     Raises ValueError for another name.
     """
@@ -52,7 +53,7 @@ def documents(name: str) -> Iterator[tuple[str, str]]:
     elif name == "docs":
         both = _distinct([*_topics(), *docstrings()])
         yield from sorted(both, key=lambda document: _digest(document[0]))
-    elif name == "questions":
+    elif name in ("preferences", "questions"):  # as text, a spoiled answer teaches nothing
         yield from ((n, f"{question}\n{answer}\n") for n, question, answer in questions())
     elif name == "source":
         yield from ((module, _source(path)) for module, path in _modules())
@@ -122,6 +123,81 @@ def questions() -> tuple[tuple[str, str, str], ...]:
             phrasing = _ASKED[_digest(f"phrasing of {name}")[0] % len(_ASKED)]
             found[name] = (name, phrasing.format(name=f"`{name}`"), answer)
     return tuple(sorted(found.values(), key=lambda row: _digest(row[0])))
+
+
+_PLACE_SHARE = 1 / 3  # of an answer's words, those that are replaced
+_NEIGHBOURS = (
+    256  # questions, at least, among which another answer of the same length is looked for
+)
+
+
+@functools.cache
+def preferences() -> tuple[tuple[str, str, str, str], ...]:
+    """(qualified name, question, chosen, rejected) of each of `questions`, in their order.
+
+    The chosen answer is the true one; the rejected one is of one of three kinds, by a digest of the
+    name:
+
+    60 %  the words of the true answer in another order
+    25 %  the true answer with a third of its words replaced by words drawn from all answers
+    15 %  the true answer to another question, of about the same length
+
+    Each kind is on average as long as the true answers, so length tells nothing. The other question
+    stands close by, so a part of them, such as the last tenth, shares hardly an answer with the rest.
+    """
+    rows = questions()
+    words = [word for _, _, answer in rows for word in answer.split()]
+    found = []
+    blocks = max(1, len(rows) // _NEIGHBOURS)
+    for block in range(blocks):
+        near = rows[len(rows) * block // blocks : len(rows) * (block + 1) // blocks]
+        others = _of_like_length([answer for _, _, answer in near])
+        for (name, question, answer), other in zip(near, others, strict=True):
+            kind = _number(f"kind of {name}", 100)
+            if kind < 60:
+                rejected = _scrambled(answer, name)
+            elif kind < 85:
+                rejected = _replaced(answer, name, words)
+            else:
+                rejected = other
+            # Of an answer that is one word, many times, there is no other order.
+            found.append((name, question, answer, rejected if rejected != answer else other))
+    return tuple(found)
+
+
+def _scrambled(answer: str, name: str) -> str:
+    words = answer.split()
+    order = sorted(range(len(words)), key=lambda i: _digest(f"order of {name} {i}"))
+    mixed = [words[i] for i in order]
+    if mixed == words:
+        mixed = words[1:] + words[:1]
+    return " ".join(mixed)
+
+
+def _replaced(answer: str, name: str, pool: list[str]) -> str:
+    words = answer.split()
+    order = sorted(range(len(words)), key=lambda i: _digest(f"place of {name} {i}"))
+    for i in order[: max(1, round(len(words) * _PLACE_SHARE))]:
+        at = _number(f"word of {name} {i}", len(pool))
+        while pool[at] == words[i]:
+            at = (at + 1) % len(pool)
+        words[i] = pool[at]
+    return " ".join(words)
+
+
+def _of_like_length(answers: list[str]) -> list[str]:
+    """For each answer another one, of neighbours in length: two and two are each other's."""
+    order = sorted(range(len(answers)), key=lambda i: (len(answers[i]), _digest(answers[i])))
+    others = [""] * len(answers)
+    for rank, i in enumerate(order):
+        other = rank ^ 1 if rank ^ 1 < len(order) else rank - 1
+        others[i] = answers[order[other]]
+    return others
+
+
+def _number(text: str, below: int) -> int:
+    """A number from 0 that looks drawn at random, the same in every process."""
+    return int.from_bytes(_digest(text)[:8], "big") % below
 
 
 _DOCUMENTED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

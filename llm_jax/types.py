@@ -10,6 +10,7 @@ Dimension letters, used in names (`q_BxLxHxDh`) and docstrings everywhere:
     V   vocabulary size                  Dh  width of one head
     M   layers (models' stacked axis)    k   micro-batches of a step
     E   experts of a layer                   P   stages of a pipeline
+    A   answers of a row (preferences)
 """
 
 from typing import Any
@@ -44,13 +45,21 @@ class Batch:
     tokens: Array  # int32 [B, L]
     segments: Array | None = None  # int32 [B, L]
     positions: Array | None = None  # int32 [B, L], restarts at 0 in each document
+    # int32 [B, L], the segment that a token's own goes on from and sees, such as a prompt that has
+    # several answers; its own where there is none
+    parents: Array | None = None
     targets: Array | None = None  # int32 [B, T]
     weights: Array | None = None  # float32 [B, T], 0 where a target does not count
     bytes: Array | None = None  # int32 [B, T], UTF-8 bytes that each target stands for
     source: Source | None = None
     types: Array | None = None  # int32 [B, L], segment types (BERT)
     images: Array | None = None  # float [B, height, width, channels]
-    labels: Array | None = None  # int32 or float32 [B]
+    # Of preferences: which answer of its row (from 1) a target belongs to, 0: none; and of each of
+    # a row's answers the prompt (from 1, 0: there is no such answer). Without `answers` a row is one
+    # answer, and rows 2i and 2i + 1 are those to one prompt, the preferred one first.
+    answers: Array | None = None  # int32 [B, T]
+    groups: Array | None = None  # int32 [B, A]
+    labels: Array | None = None  # int32 or float32 [B]; of preferences float32 [B, A], a score
     label_weights: Array | None = None  # float32 [B]
     candidates: Array | None = None  # int32 [B, T, n]: negative samples, distillation
     candidate_log_probs: Array | None = None  # float32 [B, T, n], a teacher's (distillation)

@@ -15,11 +15,8 @@ import jax
 from llm_jax import config as configs
 from llm_jax import models
 from llm_jax.compression.teacher import (
-    Teacher,
     check_teacher,
     check_tokenizer,
-    describe_teacher,
-    load_teacher,
     prepare_top_k,
 )
 from llm_jax.config import ModelConfig, PeftConfig, TrainConfig
@@ -30,7 +27,8 @@ from llm_jax.eval.output import write_json
 from llm_jax.nn import distill_head
 from llm_jax.nn import params as nn_params
 from llm_jax.objectives import distillation
-from llm_jax.train import base_model, distributed, loop, program
+from llm_jax.train import base_model, companion, distributed, loop, program
+from llm_jax.train.companion import Companion
 from llm_jax.train.step import LossFn
 from llm_jax.train.task import Task
 from llm_jax.types import Array, Batch, PyTree, Scores
@@ -97,7 +95,7 @@ def make_task(
     loader: Any,
     *,
     distill: DistillConfig,
-    teacher: Teacher,
+    teacher: Companion,
 ) -> Task:
     """What a run of the frozen config learns from a teacher.
 
@@ -169,7 +167,7 @@ def train(
     """
     check(cfg, distill)
     workdir = Path(workdir)
-    teacher_cfg, tokenizer = describe_teacher(teacher_path)
+    teacher_cfg, tokenizer = companion.describe(teacher_path)
     if cfg.checkpoint.init_from:
         own = base_model.load_tokenizer(cfg.checkpoint.init_from)
         check_tokenizer(tokenizer, own)
@@ -180,7 +178,7 @@ def train(
     record: dict[str, Any] = {"teacher": str(Path(teacher_path).expanduser().absolute())}
 
     def task(cfg: TrainConfig, mesh: jax.sharding.Mesh, corpus: Corpus, loader: Any) -> Task:
-        teacher = load_teacher(teacher_path, mesh)
+        teacher = companion.load(teacher_path, mesh)
         record["weights"] = nn_params.fingerprint(teacher.params)
         record.update(configs.to_dict(distill))
         if distributed.is_main() and not options.get("dry_run"):
@@ -211,7 +209,7 @@ def _note_changes(workdir: Path, record: dict[str, Any]) -> None:
 
 
 def _teacher_loss(
-    teacher: Teacher, cfg: TrainConfig, corpus: Corpus, mesh: jax.sharding.Mesh
+    teacher: Companion, cfg: TrainConfig, corpus: Corpus, mesh: jax.sharding.Mesh
 ) -> float | None:
     """Held-out cross-entropy of the teacher in nats a token; None if nothing is held out."""
     held_out = corpus.eval_batches(cfg, *distributed.row_blocks(mesh))

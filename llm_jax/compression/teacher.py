@@ -1,65 +1,27 @@
-"""The model that a student learns from: loaded, compared with the student's vocabulary, and its most
-probable tokens written to disk."""
+"""The model that a student learns from: compared with the student's vocabulary, and its most probable
+tokens written to disk."""
 
-import copy
 import hashlib
 import json
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
-from llm_jax import config as configs
 from llm_jax import models
 from llm_jax.config import ModelConfig, TrainConfig
 from llm_jax.data.progress import bar
 from llm_jax.eval.output import write_json
 from llm_jax.nn import distill_head
 from llm_jax.nn.params import fingerprint
-from llm_jax.train import base_model
+from llm_jax.train.companion import Companion, same_vocabulary
 from llm_jax.train.program import put
 from llm_jax.types import Array, Batch, PyTree
 
 IDS, LOG_PROBS, MANIFEST = "ids.npy", "log_probs.npy", "manifest.json"
-
-
-class Teacher(NamedTuple):
-    """A model that is not trained."""
-
-    cfg: ModelConfig
-    params: PyTree
-    specs: PyTree
-    tokenizer: Any
-
-
-def describe_teacher(path: str | Path) -> tuple[ModelConfig, Any]:
-    """(frozen config, tokenizer) of the model at `path`, without its parameters."""
-    recipe = TrainConfig()
-    base_model.adopt(recipe, path)
-    cfg, tokenizer = recipe.model, base_model.load_tokenizer(path)
-    configs.resolve_model(
-        cfg,
-        vocab_size=tokenizer.vocab_size,
-        length=cfg.max_length,
-        backend=jax.default_backend(),
-    )
-    return configs.freeze(cfg), tokenizer
-
-
-def load_teacher(path: str | Path, mesh: jax.sharding.Mesh) -> Teacher:
-    """The model at `path` (whatever `llm_jax.load` takes), its parameters cut for `mesh`.
-
-    Raises:
-      FileNotFoundError, ValueError: as `llm_jax.load` does.
-    """
-    cfg, tokenizer = describe_teacher(path)
-    model = models.family(cfg.family)
-    specs = model.specs(cfg)
-    params = model.cast(base_model.load_params(path, specs, mesh), cfg.dtype)
-    return Teacher(cfg, params, specs, tokenizer)
 
 
 def check_teacher(teacher: ModelConfig, cfg: TrainConfig) -> None:
@@ -80,13 +42,7 @@ def check_teacher(teacher: ModelConfig, cfg: TrainConfig) -> None:
 
 def check_tokenizer(teacher: Any, student: Any) -> None:
     """Raises ValueError if an id stands for different tokens. Chat templates may differ."""
-
-    def vocabulary(tokenizer: Any) -> str:
-        plain = copy.copy(tokenizer)
-        plain.chat_template = None
-        return plain.fingerprint()
-
-    if vocabulary(teacher) != vocabulary(student):
+    if not same_vocabulary(teacher, student):
         raise ValueError(
             "the teacher's tokenizer and the student's have other tokens; distillation compares them "
             "token by token, so start from a student with the teacher's, or leave tokenizer.path and "
@@ -116,7 +72,7 @@ class TopK:
 
 
 def prepare_top_k(
-    teacher: Teacher, loader: Any, cfg: TrainConfig, mesh: jax.sharding.Mesh, k: int, root: Path
+    teacher: Companion, loader: Any, cfg: TrainConfig, mesh: jax.sharding.Mesh, k: int, root: Path
 ) -> TopK:
     """One pass of the teacher over all batches of a run, or the one that `root` holds already.
 

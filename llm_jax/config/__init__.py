@@ -19,8 +19,15 @@ from llm_jax.config.base import (
     unknown_key,
 )
 from llm_jax.config.checks import CHOICES, check_pattern, validate
-from llm_jax.config.data import DataConfig, DialogueConfig, SourceConfig, TokenizerConfig
+from llm_jax.config.data import (
+    DataConfig,
+    DialogueConfig,
+    PreferenceDataConfig,
+    SourceConfig,
+    TokenizerConfig,
+)
 from llm_jax.config.model import GATED, ModelConfig, MoEConfig, resolve_model
+from llm_jax.config.preference import DirectConfig, RewardConfig
 from llm_jax.config.run import (
     CheckpointConfig,
     EvalConfig,
@@ -37,6 +44,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "DialogueConfig",
+    "DirectConfig",
     "EvalConfig",
     "GATED",
     "LogConfig",
@@ -45,6 +53,8 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "PeftConfig",
+    "PreferenceDataConfig",
+    "RewardConfig",
     "SourceConfig",
     "TokenizerConfig",
     "TrainConfig",

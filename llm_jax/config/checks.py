@@ -25,7 +25,22 @@ CHOICES = {
     "optimizer.schedule": ("cosine", "linear", "wsd", "constant"),
     "log.xla_flags": ("auto", ""),
     "data.packing": ("split", "random", "first_fit", "pad", "bucket"),
-    "data.format": ("text", "dialogue"),
+    "model.head": ("lm", "reward"),
+    "data.format": ("text", "dialogue", "preference"),
+    "data.preference.layout": (
+        "auto",
+        "pair",
+        "dialogue",
+        "sharegpt",
+        "ranking",
+        "rating",
+        "judged",
+    ),
+    "data.preference.ties": ("drop", "half"),
+    "reward.loss": ("logistic", "hinge", "listwise", "regression"),
+    "reward.backbone": ("tuned", "features"),
+    "dpo.loss": ("dpo", "robust", "ipo", "hinge", "kto", "orpo", "simpo"),
+    "dpo.reference": ("auto", "cached", "adapter", "model"),
     "data.dialogue.layout": ("auto", "alpaca", "completion", "messages", "sharegpt"),
     "data.dialogue.train_on": ("assistant", "last", "all"),
     "data.dialogue.too_long": ("cut", "oldest", "drop"),
@@ -102,6 +117,7 @@ def validate(config: Config) -> None:
             "adafactor's moments are small already"
         )
     _validate_penalties(config.optimizer)
+    _validate_preferences(config)
     for path in ("model.dropout", "peft.dropout", "data.eval_fraction"):
         if not 0.0 <= get(config, path) < 1.0:
             raise ValueError(f"{path}={get(config, path)} has to be in [0, 1)")
@@ -123,6 +139,18 @@ def check_pattern(name: str, pattern: str) -> None:
         re.compile(pattern)
     except re.error as e:
         raise ValueError(f"{name}: {pattern!r} is no regular expression: {e}") from None
+
+
+def _validate_preferences(config: Config) -> None:
+    for path in ("reward.label_smoothing", "dpo.label_smoothing"):
+        if not 0 <= get(config, path) < 0.5:
+            raise ValueError(f"{path}={get(config, path)} has to be in [0, 0.5)")
+    if not 0 < config.dpo.beta < float("inf"):
+        raise ValueError(f"dpo.beta={config.dpo.beta} has to be above 0")
+    paths = ("reward.margin", "reward.centring", "reward.l2", "dpo.length_penalty", "dpo.sft")
+    for path in (*paths, "dpo.gamma", "dpo.desirable", "dpo.undesirable"):
+        if not 0 <= get(config, path) < float("inf"):
+            raise ValueError(f"{path}={get(config, path)} has to be at least 0")
 
 
 def _validate_penalties(o: Config) -> None:

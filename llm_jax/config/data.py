@@ -55,17 +55,37 @@ class DialogueConfig(Config):
 
 
 @settings
+class PreferenceDataConfig(Config):
+    """Answers to compare in, rows out: what reward models and direct optimisation read
+    (data.format="preference"). Template, system and damaged rows are those of data.dialogue."""
+
+    layout: str = "auto"  # auto | pair | dialogue | sharegpt | ranking | rating | judged
+    # Answers that were judged equally good: drop (no pair) | half (a pair, preferred by half)
+    ties: str = "drop"
+    # The pairs of a prompt count as one together, not each as one: a ranking of many answers then
+    # weighs no more than a pair.
+    per_prompt: bool = False
+    # A prompt is in a row once, for all of its answers, which attention kernels and rings
+    # (mesh.context) cannot do; False: a copy in front of each answer.
+    shared_prompt: bool = True
+    # Held out are all rows of so many prompts (eval_fraction): the last (-1), or drawn with this seed
+    split_seed: int = -1
+
+
+@settings
 class DataConfig(Config):
     """Text in, rows out."""
 
-    format: str = "text"  # text | dialogue (conversations: supervised fine-tuning)
+    # text | dialogue (conversations: supervised fine-tuning) | preference (answers to compare)
+    format: str = "text"
     dialogue: DialogueConfig = field(default_factory=DialogueConfig)
+    preference: PreferenceDataConfig = field(default_factory=PreferenceDataConfig)
     # Files, folders, globs, hf:NAME, embedded:NAME, or one folder that prepare_data wrote.
     inputs: tuple = ("embedded:docs",)
     # SourceConfigs; replaces `inputs` when given
     sources: tuple = field(default=(), metadata={"of": SourceConfig})
     eval_inputs: tuple = ()  # held-out text; empty: the last eval_fraction of each source
-    eval_fraction: float = 0.1  # by characters, from the end; dialogues: by conversations
+    eval_fraction: float = 0.1  # by characters, from the end; by conversations; by prompts
     text_key: str = "text"  # field of jsonl and parquet rows
     # split (concatenate and split) | random (windows at random places) | first_fit (several in a
     # row) | pad (one in a row) | bucket (dialogues: one in a row, rows of a step of like length)

@@ -95,6 +95,8 @@ class ModelConfig(Config):
     mup_base_width: int = 0
     mup_base_head_dim: int = 0
 
+    head: str = "lm"  # lm (tokens) | reward (a number, read at one token; models/heads.py)
+
     moe: MoEConfig = field(default_factory=MoEConfig)
 
     dtype: str = "auto"  # compute type: float32 | bfloat16; auto: bfloat16 where it is fast

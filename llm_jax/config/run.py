@@ -8,6 +8,7 @@ from dataclasses import field
 from llm_jax.config.base import Config, settings
 from llm_jax.config.data import DataConfig, TokenizerConfig
 from llm_jax.config.model import ModelConfig
+from llm_jax.config.preference import DirectConfig, RewardConfig
 from llm_jax.config.tuning import PeftConfig
 
 
@@ -120,6 +121,8 @@ class TrainConfig(Config):
     mesh: MeshConfig = field(default_factory=MeshConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     peft: PeftConfig = field(default_factory=PeftConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    dpo: DirectConfig = field(default_factory=DirectConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -35,6 +35,12 @@ RULES = {
     "empty answer": "a turn of the assistant has no text (and calls no tool)",
     "empty question": "a turn of the user has no text",
     "long turn": "a turn is longer than data.dialogue.max_turn_chars",
+    # of preferences alone
+    "no prompt": "no turn of the user (or of a tool) comes before the answers, or not the same",
+    "one answer": "there is no other to compare it with",
+    "equal answers": "two answers differ in white space at most",
+    "unranked": "its scores (ranks, labels) are not numbers, or not one for each answer",
+    "contradiction": "the rejected answer has the higher score",
     "refused by the template": "the chat template raises an error, or loses a turn's place",
     "refused by the tokenizer": "it cannot write the text, or writes another",
     "unwritten": "the template writes none of the assistant's words, or marks none",
@@ -119,7 +125,7 @@ def read(
     """
     found, rejected = [], []
     for item in documents.resolve(inputs, SUFFIXES):
-        for line, row in _rows(item):
+        for line, row in rows_of(item):
             try:
                 if isinstance(row, Malformed):
                     raise row
@@ -147,17 +153,12 @@ def parse(row: Any, layout: str = "auto") -> tuple[list[dict], tuple | None]:
     if isinstance(row, list):
         row = {"messages": row}
     if not isinstance(row, dict):
-        raise Malformed("wrong type", f"a row has to be an object, not {_kind(row)}")
+        raise Malformed("wrong type", f"a row has to be an object, not {kind_of(row)}")
     used = _layout(row, layout)
     if used is None:
         wanted = "" if layout == "auto" else f", not those of {layout}"
-        raise Malformed("unknown layout", f"its keys are {_keys(row)}{wanted}")
-    tools = row.get("tools") or None
-    if tools is not None and not (
-        isinstance(tools, list) and all(isinstance(t, dict) for t in tools)
-    ):
-        raise Malformed("wrong type", "'tools' has to be a list of objects")
-    return _PARSERS[used](row), tools and tuple(tools)
+        raise Malformed("unknown layout", f"its keys are {keys_of(row)}{wanted}")
+    return _PARSERS[used](row), tools_of(row)
 
 
 def _layout(row: dict, wanted: str) -> str | None:
@@ -173,47 +174,62 @@ def _is_completion(row: Any, wanted: str) -> bool:
     return isinstance(row, dict) and _layout(row, wanted) == "completion"
 
 
+def tools_of(row: dict) -> tuple[dict, ...] | None:
+    """JSON schemas of the functions that may be called. Raises Malformed."""
+    tools = row.get("tools") or None
+    if tools is None:
+        return None
+    if not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
+        raise Malformed("wrong type", "'tools' has to be a list of objects")
+    return tuple(tools)
+
+
+def asked(row: dict, key: str) -> dict:
+    """The user's turn of an instruction under `key` and what may be given with it, its "input"."""
+    message = {"role": "user", "content": text_of(row, key)}
+    if row.get("input") is not None and (given := text_of(row, "input")).strip():
+        # The Alpaca template writes the two under headings of their own, others the one text.
+        message |= {"instruction": message["content"], "input": given}
+        message["content"] = "\n\n".join(p for p in (message["content"], given) if p.strip())
+    return message
+
+
 def _alpaca(row: dict) -> list[dict]:
     messages = []
     if row.get("system"):
-        messages.append({"role": "system", "content": _text(row, "system")})
+        messages.append({"role": "system", "content": text_of(row, "system")})
     history = row.get("history") or []
     if not isinstance(history, list):
-        raise Malformed("wrong type", f"'history' is {_kind(history)}, not a list of pairs")
+        raise Malformed("wrong type", f"'history' is {kind_of(history)}, not a list of pairs")
     for pair in history:
         if not (isinstance(pair, list) and len(pair) == 2 and all(type(t) is str for t in pair)):
             raise Malformed("wrong type", "'history' has to be of [user, assistant] pairs of texts")
         messages.append({"role": "user", "content": pair[0]})
         messages.append({"role": "assistant", "content": pair[1]})
     if "output" not in row:
-        raise Malformed("no answer", f"no 'output'; its keys are {_keys(row)}")
-    asked = {"role": "user", "content": _text(row, "instruction")}
-    if row.get("input") is not None and (given := _text(row, "input")).strip():
-        # The Alpaca template writes the two under headings of their own, others the one text.
-        asked |= {"instruction": asked["content"], "input": given}
-        asked["content"] = "\n\n".join(p for p in (asked["content"], given) if p.strip())
-    messages.append(asked)
-    messages.append({"role": "assistant", "content": _text(row, "output")})
+        raise Malformed("no answer", f"no 'output'; its keys are {keys_of(row)}")
+    messages.append(asked(row, "instruction"))
+    messages.append({"role": "assistant", "content": text_of(row, "output")})
     return messages
 
 
 def _completion(row: dict) -> list[dict]:
     if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
-        return _turns([*row["prompt"], *row["completion"]])
+        return turns_of([*row["prompt"], *row["completion"]])
     return [
-        {"role": "user", "content": _text(row, "prompt")},
-        {"role": "assistant", "content": _text(row, "completion")},
+        {"role": "user", "content": text_of(row, "prompt")},
+        {"role": "assistant", "content": text_of(row, "completion")},
     ]
 
 
 def _messages(row: dict) -> list[dict]:
-    return _turns(row["messages"])
+    return turns_of(row["messages"])
 
 
 def _sharegpt(row: dict) -> list[dict]:
-    messages = _turns(row["conversations"])
+    messages = turns_of(row["conversations"])
     if row.get("system"):
-        messages.insert(0, {"role": "system", "content": _text(row, "system")})
+        messages.insert(0, {"role": "system", "content": text_of(row, "system")})
     return messages
 
 
@@ -225,17 +241,17 @@ _PARSERS = {
 }
 
 
-def _turns(turns: Any) -> list[dict]:
+def turns_of(turns: Any) -> list[dict]:
     """Turns of OpenAI's keys (role, content) or of ShareGPT's (from, value)."""
     if not isinstance(turns, list):
-        raise Malformed("wrong type", f"the turns are {_kind(turns)}, not a list")
+        raise Malformed("wrong type", f"the turns are {kind_of(turns)}, not a list")
     messages = []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
-            raise Malformed("wrong type", f"turn {number} is {_kind(turn)}, not an object")
+            raise Malformed("wrong type", f"turn {number} is {kind_of(turn)}, not an object")
         name = turn.get("role", turn.get("from"))
         if name is None:
-            raise Malformed("missing role", f"turn {number}; its keys are {_keys(turn)}")
+            raise Malformed("missing role", f"turn {number}; its keys are {keys_of(turn)}")
         if not isinstance(name, str) or name not in _ROLES:
             raise Malformed("unknown role", f"turn {number} is of {name!r}"[:200])
         role = _ROLES[name]
@@ -243,7 +259,9 @@ def _turns(turns: Any) -> list[dict]:
         kept = {k: v for k, v in turn.items() if k not in named and v is not None}
         text = _content(turn.get("content", turn.get("value")), number)
         if text is None and not (role == "assistant" and kept.get("tool_calls")):
-            raise Malformed("wrong type", f"turn {number} has no text; its keys are {_keys(turn)}")
+            raise Malformed(
+                "wrong type", f"turn {number} has no text; its keys are {keys_of(turn)}"
+            )
         messages.append({"role": role, "content": text or "", **kept})
     return messages
 
@@ -255,21 +273,21 @@ def _content(value: Any, number: int) -> str | None:
             raise Malformed("wrong type", f"turn {number} has parts that are not text")
         return "".join(p["text"] for p in value)
     if value is not None and not isinstance(value, str):
-        raise Malformed("wrong type", f"turn {number} is {_kind(value)}, not text")
+        raise Malformed("wrong type", f"turn {number} is {kind_of(value)}, not text")
     return value
 
 
-def _text(row: dict, key: str) -> str:
+def text_of(row: dict, key: str) -> str:
     if not isinstance(row[key], str):
-        raise Malformed("wrong type", f"{key!r} is {_kind(row[key])}, not text")
+        raise Malformed("wrong type", f"{key!r} is {kind_of(row[key])}, not text")
     return row[key]
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def _keys(row: dict) -> str:
+def keys_of(row: dict) -> str:
     return ", ".join(repr(k) for k in row)[:200] or "none"
 
 
@@ -318,13 +336,24 @@ def _check_surrogates(message: dict, number: int) -> None:
 # ------------------------------------------------------------------------------------------- rows
 
 
-def _rows(item: str) -> Iterator[tuple[int, Any]]:
-    """(number, row) of an input; a Malformed in place of a row that cannot be read."""
+_EMBEDDED = {"conversations": "embedded:questions", "preferences": "embedded:preferences"}
+
+
+def rows_of(item: str, kind: str = "conversations") -> Iterator[tuple[int, Any]]:
+    """(number, row) of an input; a Malformed in place of a row that cannot be read.
+
+    `kind` is conversations or preferences: which corpus may be embedded, and what errors speak of.
+    """
     if item.startswith("embedded:"):
-        if item != "embedded:questions":
-            raise ValueError(f"{item}: a text, not conversations; there is embedded:questions")
-        for number, (_, question, answer) in enumerate(corpus.questions(), 1):
-            yield number, {"prompt": question, "completion": answer}
+        if item != _EMBEDDED[kind]:
+            held = next((k for k, name in _EMBEDDED.items() if name == item), "a text")
+            raise ValueError(f"{item}: {held}, not {kind}; there is {_EMBEDDED[kind]}")
+        if kind == "preferences":
+            keys, found = ("prompt", "chosen", "rejected"), corpus.preferences()
+        else:
+            keys, found = ("prompt", "completion"), corpus.questions()
+        for number, (_, *texts) in enumerate(found, 1):
+            yield number, dict(zip(keys, texts, strict=True))
     elif item.startswith("hf:"):
         yield from enumerate(documents.hugging_face_rows(item), 1)
     elif (suffix := documents.suffix_of(item)) in (".jsonl", ".ndjson"):
@@ -336,9 +365,7 @@ def _rows(item: str) -> Iterator[tuple[int, Any]]:
     elif suffix == ".parquet":
         yield from enumerate(documents.parquet_rows(item), 1)
     else:
-        raise ValueError(
-            f"{item}: conversations are in {', '.join(sorted(SUFFIXES))} files (data.inputs)"
-        )
+        raise ValueError(f"{item}: {kind} are in {', '.join(sorted(SUFFIXES))} files (data.inputs)")
 
 
 def _json(line: bytes) -> Any:

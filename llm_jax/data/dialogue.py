@@ -4,40 +4,37 @@ Data sets for fine-tuning are small, so every process makes all of it in memory;
 writes files: the tokenizer (with the chat template), `rejected.jsonl` and `rendered_on.txt`.
 """
 
-import contextlib
-import datetime
-import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import logging
 
 from llm_jax import tokenizers
 from llm_jax.config import DataConfig, DialogueConfig, SourceConfig, TokenizerConfig
 from llm_jax.data import conversations, documents
+from llm_jax.data.chat_corpus import (
+    REJECTED,
+    ChatCorpus,
+    by_rule,
+    find_template,
+    keep_tokenizer,
+    rendered_on,
+    say_once,
+    settle,
+    with_system,
+)
 from llm_jax.data.conversations import Conversation, Rejected
 from llm_jax.data.mixture import Component
 from llm_jax.data.prepare import (
     EVAL,
-    TOKENIZER,
     TRAIN,
-    Corpus,
     Texts,
-    save_tokenizer,
     sources_of,
-    training_options,
 )
 from llm_jax.data.rendering import Renderer
 from llm_jax.data.tokens import Tokens, dtype_of
-from llm_jax.tokenizers import chat
-from llm_jax.tokenizers.chat_formats import FORMATS, ChatFormat
-
-REJECTED = "rejected.jsonl"
-RENDERED_ON = "rendered_on.txt"
-SHOWN = 5  # rejected rows that are printed
 
 
 class _Part(NamedTuple):
@@ -49,49 +46,6 @@ class _Part(NamedTuple):
     rejected: list[Rejected]
 
 
-class Dialogues(Corpus):
-    """What training needs of conversations; made by `prepare_dialogues`.
-
-    Attributes, besides those of a `Corpus`:
-      tokenizer: with the chat template in use.
-      directory: where the tokenizer and the list of rejected rows are.
-      stop: strings that end an answer where no id does.
-    """
-
-    def __init__(
-        self,
-        renderer: Renderer,
-        directory: str,
-        train: list[Component],
-        evaluation: Tokens | None,
-        *,
-        system: str,
-        parts: list[dict[str, Any]],
-        stop: Sequence[str] | None,  # None: what the template writes behind an answer
-    ):
-        self._renderer, self._system, self._parts = renderer, system, parts
-        tokenizer = renderer.tokenizer
-        special = tokenizer.special_tokens
-        ending = renderer.ending.strip()
-        # Where a special token closes the ending, it alone is waited for.
-        ending = max((name for name in special if ending.endswith(name)), key=len, default=ending)
-        stop = (ending,) if stop is None else stop
-        ends = {special[name] for name in (ending, *stop) if name in special}
-        ends = tuple(sorted(ends - {tokenizer.eos_id}))
-        stop = tuple(name for name in stop if name and name not in special)
-        super().__init__(tokenizer, train, evaluation, directory, ends, stop)
-
-    def parts(self) -> list[dict[str, Any]]:
-        """Rows of a report's table: what each part holds and what became of its rows."""
-        return [dict(part) for part in self._parts]
-
-    def prompt(self, text: str) -> list[int]:
-        """Ids of `text` as a user's turn, up to where the assistant is to answer."""
-        return self._renderer.prompt(
-            _with_system([{"role": "user", "content": text}], self._system)
-        )
-
-
 def prepare_dialogues(
     data: DataConfig,
     tokenizer: TokenizerConfig,
@@ -99,7 +53,7 @@ def prepare_dialogues(
     *,
     length: int,
     writer: bool = True,
-) -> Dialogues:
+) -> ChatCorpus:
     """Training and held-out examples of at most `length` tokens.
 
     Held out are the last `eval_fraction` of the conversations of each source, or `eval_inputs`. A
@@ -123,12 +77,18 @@ def prepare_dialogues(
     rejected = [row for part in found for row in part.rejected]
     empty = [part for part in found if not part.rows]
     if empty or (rejected and cfg.malformed == "fail"):
-        _settle(rejected, [], cfg, root, writer)
+        settle(rejected, [], cfg, root, writer)
         raise ValueError(_no_rows(empty[0], found))
 
-    chosen, chat_format = _template(cfg)
-    now = _rendered_on(root, writer)
-    used = _tokenizer(root, found, cfg, chosen, chat_format, tokenizer, now, writer)
+    chosen, chat_format = find_template(cfg)
+    now = rendered_on(root, writer)
+    told = (
+        (with_system(row.messages, cfg.system), row.tools)
+        for part in found
+        if part.kind == TRAIN
+        for row in part.rows
+    )
+    used = keep_tokenizer(root, told, chosen, chat_format, tokenizer, now, writer)
     renderer = Renderer(used, train_on=cfg.train_on, now=now)
     made: list[tuple[_Part, Tokens | None, dict[str, Any]]] = []
     left_out: list[Rejected] = []
@@ -139,7 +99,7 @@ def prepare_dialogues(
         left_out += unfit
         counts = {"part": name, **counts, "rejected": len(part.rejected) + len(refused)}
         made.append((part, tokens, counts))
-    _settle(rejected, left_out, cfg, root, writer)
+    settle(rejected, left_out, cfg, root, writer)
     for _, tokens, counts in made:
         if tokens is None:
             raise ValueError(_nothing_to_train(counts, cfg, length))
@@ -150,8 +110,8 @@ def prepare_dialogues(
             by_name[source.name], counts = _replayed(source, data, used, length)
             parts.append(counts)
     held_out = [tokens for part, tokens, _ in made if part.kind == EVAL]
-    _say_once(renderer, chat_format)
-    return Dialogues(
+    say_once(renderer, chat_format)
+    return ChatCorpus(
         renderer,
         root,
         [Component(s.name, by_name[s.name], s.weights) for s in sources_of(data)],
@@ -192,157 +152,11 @@ def _no_rows(part: _Part, found: list[_Part]) -> str:
     what = f"no token of the {part.kind} data would be trained"
     if not part.rejected:
         return f"{what}: all of its few rows are held out; lower data.eval_fraction"
-    count, rules = len(part.rejected), _by_rule(part.rejected)
+    count, rules = len(part.rejected), by_rule(part.rejected)
     which = f"all of its {count} rows"
     if held_out := sum(len(other.rows) for other in found if other.name == part.name):
         which = f"{held_out} of its rows are held out (lower data.eval_fraction), the other {count}"
     return f"{what}: {which} are malformed ({rules}), the first {part.rejected[0]}"
-
-
-def _settle(
-    rejected: list[Rejected],
-    left_out: list[Rejected],
-    cfg: DialogueConfig,
-    root: str,
-    writer: bool,
-) -> None:
-    """Writes down all that is not trained on, and names what is malformed or fails for it."""
-    path = os.path.join(root, REJECTED)
-    if writer:
-        os.makedirs(root, exist_ok=True)
-        with open(path + ".partial", "w") as f:
-            for row in [*rejected, *left_out]:
-                line = {"file": row.source, "line": row.line, "rule": row.rule}
-                f.write(json.dumps(line | {"detail": row.detail}) + "\n")
-        os.replace(path + ".partial", path)
-    if rejected and cfg.malformed == "fail":
-        raise ValueError(
-            f"{len(rejected)} malformed rows ({_by_rule(rejected)}), the first {rejected[0]}; all are "
-            f"in {path}; mend them, or leave them out with data.dialogue.malformed=skip"
-        )
-    if rejected and writer:
-        logging.warning(
-            "%d malformed rows are left out (%s); all are in %s",
-            len(rejected),
-            _by_rule(rejected),
-            path,
-        )
-        for row in rejected[:SHOWN]:
-            logging.warning("  %s", row)
-
-
-def _by_rule(rejected: list[Rejected]) -> str:
-    return ", ".join(f"{n} {rule}" for rule, n in conversations.counts(rejected).items())
-
-
-def _with_system(messages: Sequence[dict[str, Any]], system: str) -> list[dict[str, Any]]:
-    if system and messages[0]["role"] != "system":
-        return [{"role": "system", "content": system}, *messages]
-    return list(messages)
-
-
-# --------------------------------------------------------------------------- template, tokenizer
-
-
-def _template(cfg: DialogueConfig) -> tuple[str | None, ChatFormat | None]:
-    """The template that the config names (None: the tokenizer's own), and its format if known."""
-    if cfg.template in FORMATS:
-        return FORMATS[cfg.template].template, FORMATS[cfg.template]
-    if not cfg.template:
-        return None, None
-    path = os.path.expanduser(cfg.template)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"data.dialogue.template={cfg.template}: neither a file nor one of {', '.join(FORMATS)}"
-        )
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            template = f.read()
-        chat.compile_template(template)
-    except ValueError as e:  # not UTF-8, or not Jinja
-        raise ValueError(f"data.dialogue.template={cfg.template}: {e}") from None
-    return template, None
-
-
-def _rendered_on(root: str, writer: bool) -> datetime.datetime:
-    """When the conversations in `root` were first rendered: a template may write the date, and a
-    run that goes on another day has to go on with the same data."""
-    path = os.path.join(root, RENDERED_ON)
-    if writer and not os.path.isfile(path):
-        os.makedirs(root, exist_ok=True)
-        with open(path + ".partial", "w") as f:
-            f.write(datetime.datetime.now().isoformat(timespec="seconds"))
-        os.replace(path + ".partial", path)
-    with open(path) as f:
-        text = f.read().strip()
-    try:
-        return datetime.datetime.fromisoformat(text)
-    except ValueError:
-        raise ValueError(f"{path}: {text!r} is no date like 2024-12-31T12:00:00") from None
-
-
-def _tokenizer(
-    root: str,
-    found: list[_Part],
-    cfg: DialogueConfig,
-    template: str | None,
-    chat_format: ChatFormat | None,
-    config: TokenizerConfig,
-    now: datetime.datetime,
-    writer: bool,
-) -> tokenizers.Tokenizer:
-    """The tokenizer of the run, with the template, which `root`/tokenizer holds afterwards."""
-    folder = os.path.join(root, TOKENIZER)
-    if not writer:
-        return tokenizers.load(folder)
-    if config.path:
-        made = tokenizers.load(config.path)
-        if template is None and made.chat_template is None:
-            raise ValueError(
-                f"{config.path} has no chat template; name one in data.dialogue.template "
-                f"({', '.join(FORMATS)} or a file)"
-            )
-    else:
-        if template is None:
-            raise ValueError(
-                "a tokenizer that is trained now has no chat template; name one in "
-                f"data.dialogue.template ({', '.join(FORMATS)} or a file)"
-            )
-        options = training_options(config)
-        kind, max_bytes = options.pop("kind"), options.pop("train_bytes")
-        names = chat_format.special_tokens if chat_format else ()
-        options["special_tokens"] = tuple(dict.fromkeys([*options["special_tokens"], *names]))
-        # Any tokenizer renders the text that this one is trained on.
-        plain = tokenizers.train("byte", [], special_tokens=options["special_tokens"])
-        texts = _rendered(found, Renderer(plain, template, train_on="all", now=now), cfg)
-        made = tokenizers.train(kind, texts, max_bytes=max_bytes, **options)
-    if template is not None:
-        made.chat_template = template
-    save_tokenizer(made, folder, None)
-    return made
-
-
-def _rendered(found: list[_Part], renderer: Renderer, cfg: DialogueConfig) -> Iterator[str]:
-    """The texts of the training part that the template does not refuse."""
-    for part in found:
-        for row in part.rows if part.kind == TRAIN else ():
-            with contextlib.suppress(ValueError, RecursionError):
-                messages = _with_system(row.messages, cfg.system)
-                yield renderer.spans(messages, tools=row.tools)[0]
-
-
-def _say_once(renderer: Renderer, chat_format: ChatFormat | None) -> None:
-    special = renderer.tokenizer.special_tokens
-    missing = [n for n in chat_format.special_tokens if n not in special] if chat_format else []
-    if missing:
-        logging.info(
-            "note: the tokenizer has no special token %s; the template's is plain text to it",
-            ", ".join(missing),
-        )
-    if not renderer.ending:
-        logging.warning(
-            "note: the template writes nothing behind an answer, so the model does not learn to end"
-        )
 
 
 # --------------------------------------------------------------------------------------- examples
@@ -356,7 +170,7 @@ def _examples(
     texts, kept, refused, unfit, counts = [], [], [], [], Counter()
     for row in rows:
         try:
-            texts.append(renderer.spans(_with_system(row.messages, cfg.system), tools=row.tools))
+            texts.append(renderer.spans(with_system(row.messages, cfg.system), tools=row.tools))
             kept.append(row)
         except (ValueError, RecursionError) as e:
             refused.append(Rejected(row.source, row.line, "refused by the template", str(e)))
@@ -438,7 +252,7 @@ def _replayed(
 def _shortened(row: Conversation, renderer: Renderer, cfg: DialogueConfig, length: int) -> Any:
     """Without its oldest exchanges, as few of them as need be; the last one alone if that is too
     long as well."""
-    messages = _with_system(row.messages, cfg.system)
+    messages = with_system(row.messages, cfg.system)
     first = next(i for i, m in enumerate(messages) if m["role"] != "system")
     starts = [i for i, m in enumerate(messages) if m["role"] == "user" and i > first]
     shorter = None

@@ -1,5 +1,6 @@
 """Rows to batches: a function of (seed, step), so the state of the data is the step number."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -180,6 +181,9 @@ def make_loader(
     streams = [
         _Stream(c, packing, length, isolate_documents, seed if shuffle else None) for c in train
     ]
+    most = max(s.answers for s in streams)
+    for stream in streams:  # batches of one shape, whichever sources they are from
+        stream.answers = most
     return Loader(
         streams,
         Mixture([c.weights for c in train], steps, batch_size),
@@ -243,6 +247,16 @@ class _Stream:
             "shuffle": seed is not None,
         }
 
+    @property
+    def answers(self) -> int:
+        """The most answers that a row has, of documents that branch."""
+        return self._plan.answers if self._plan is not None else 0
+
+    @answers.setter
+    def answers(self, most: int) -> None:
+        if self._plan is not None:
+            self._plan = dataclasses.replace(self._plan, answers=most)
+
     def rows(self, numbers_B: np.ndarray) -> dict[str, np.ndarray]:
         """Rows by number, counted over all epochs."""
         rows_B = self._places(numbers_B)
@@ -279,18 +293,26 @@ class _Stream:
 
 
 class EvalBatches:
-    """The batches of a held-out text, in order; `len`, iteration and indexing."""
+    """The batches of a held-out text, in order; `len`, iteration and indexing.
 
-    def __init__(self, make: Any, rows: int, batch_size: int):
-        self._make, self.rows, self._batch_size = make, rows, batch_size
+    Attributes:
+      rows: how many there are.
+      batch_size: rows of a batch, over all processes.
+      plan: of packed documents, which of them each row holds; else None.
+      chosen: int64, the plan's rows in the order in which they come.
+    """
+
+    def __init__(self, make: Any, batch_size: int, plan: packing_.Plan | None, chosen: np.ndarray):
+        self._make, self.rows, self.batch_size = make, len(chosen), batch_size
+        self.plan, self.chosen = plan, chosen
 
     def __len__(self) -> int:
-        return (self.rows + self._batch_size - 1) // self._batch_size
+        return (self.rows + self.batch_size - 1) // self.batch_size
 
     def __getitem__(self, i: int) -> Batch:
         if not 0 <= i < len(self):
             raise IndexError(f"batch {i} of {len(self)}")
-        return self._make(np.arange(i * self._batch_size, (i + 1) * self._batch_size))
+        return self._make(np.arange(i * self.batch_size, (i + 1) * self.batch_size))
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[i] for i in range(len(self)))
@@ -347,7 +369,7 @@ def eval_batches(
         leaves = _with_bytes(leaves, lengths_V, [tokens])
         return Batch(**{name: leaf[:, :width] for name, leaf in leaves.items()})
 
-    return EvalBatches(make, len(chosen), batch_size)
+    return EvalBatches(make, batch_size, plan, chosen)
 
 
 def _check_tokens(tokens: Tokens, name: str, token_lengths: np.ndarray, isolate: bool) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llm_jax.data import branches
 from llm_jax.data.tokens import Tokens
 
 KINDS = ("split", "first_fit", "pad", "bucket")
@@ -87,6 +88,7 @@ class Plan:
       sizes: int32 [P], its tokens, at most `length`.
       ends: bool [P], whether its document ends with it.
       rows: int64 [R + 1], first piece of each row, and P.
+      answers: of documents that branch, the most answers that a row has.
     """
 
     starts: np.ndarray
@@ -94,6 +96,7 @@ class Plan:
     ends: np.ndarray
     rows: np.ndarray
     length: int
+    answers: int = 0
 
     def __len__(self) -> int:
         return len(self.rows) - 1
@@ -117,8 +120,14 @@ def make_plan(tokens: Tokens, packing: str, length: int, window: int = WINDOW) -
     Planning takes about 40 bytes and a microsecond or two a document.
     """
     starts, sizes, ends = _pieces(tokens.offsets, length)
+    branches_ = tokens.branches
+    if branches_ is not None and not ends.all():
+        raise ValueError(
+            f"{tokens.name}: a document that branches is longer than a row of {length}"
+        )
     if packing in ("pad", "bucket"):
-        return Plan(starts, sizes, ends, np.arange(len(starts) + 1), length)
+        most = int(branches_.answers_D.max()) if branches_ is not None else 0
+        return Plan(starts, sizes, ends, np.arange(len(starts) + 1), length, most)
     if packing != "first_fit":
         raise ValueError(f"data.packing={packing!r}: only {', '.join(KINDS[1:])} have a plan")
     row_of, opened = np.empty(len(starts), np.int64), 0
@@ -133,7 +142,10 @@ def make_plan(tokens: Tokens, packing: str, length: int, window: int = WINDOW) -
     row_of = rank[row_of]
     order = np.lexsort((starts, row_of))
     rows = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=opened))])
-    return Plan(starts[order], sizes[order], ends[order], rows, length)
+    most = 0
+    if branches_ is not None:  # pieces are documents
+        most = int(np.bincount(row_of, branches_.answers_D).max())
+    return Plan(starts[order], sizes[order], ends[order], rows, length, most)
 
 
 def first_fit(sizes_P: np.ndarray, length: int) -> np.ndarray:
@@ -199,6 +211,10 @@ def packed_rows(
     The target of a cut piece's last token is the token that follows in the document (11 after 10);
     a document's last token has one only if another document begins after it in the row, and not
     isolated. So no token is the target of two.
+
+    Documents that branch (`data.branches`) come with `parents` and `answers`, and with `groups` and
+    `labels` [B, A] of a row's answers; what `tokens.ref_log_probs` knows of the targets comes as
+    `ref_log_probs` [B, L].
     """
     length = plan.length
     pieces_B = plan.rows[rows_B + 1] - plan.rows[rows_B]
@@ -233,21 +249,34 @@ def packed_rows(
         out[place_N] = values_N
         return out.reshape(len(rows_B), length)
 
-    id_N = tokens.take(np.repeat(start_P[order_P], size_P) + within_N)
+    index_N = np.repeat(start_P[order_P], size_P) + within_N
+    id_N = tokens.take(index_N)
     following_N, weight_N = np.roll(id_N, -1), np.ones(len(id_N), np.float32)
     counted_P = weight_P[order_P]
     following_N[ends_P - 1] = np.where(counted_P > 0, tokens.take(target_P)[order_P], 0)
     weight_N[ends_P - 1] = counted_P
+    place_of_target_N = index_N + 1
+    place_of_target_N[ends_P - 1] = target_P[order_P]
     if tokens.trained is not None:
-        place_of_target_N = np.repeat(start_P[order_P], size_P) + within_N + 1
-        place_of_target_N[ends_P - 1] = target_P[order_P]
         weight_N *= tokens.trained[place_of_target_N]
+    if tokens.read is not None:
+        weight_N = tokens.read[index_N].astype(np.float32)
     leaves = {
         "tokens": spread(id_N),
         "targets": spread(following_N),
         "weights": spread(weight_N, np.float32),
     }
-    if isolate:
+    if tokens.ref_log_probs is not None:
+        known_N = np.where(weight_N > 0, tokens.ref_log_probs[place_of_target_N], 0.0)
+        leaves["ref_log_probs"] = spread(known_N, np.float32)
+    if tokens.branches is not None:
+        documents_P = np.searchsorted(tokens.offsets, plan.starts[piece_P], "right") - 1
+        pieces = branches.Pieces(documents_P, row_P, first_P)
+        found = branches.token_numbers(tokens.branches, pieces, index_N, np.repeat(order_P, size_P))
+        leaves |= {name: spread(values_N) for name, values_N in found.items()}
+        found = branches.answer_numbers(tokens.branches, pieces, len(rows_B), plan.answers)
+        leaves |= {name: found[name] for name in ("groups", "labels")}
+    elif isolate:
         ordinal_P = np.arange(len(piece_P)) - first_P
         leaves["segments"] = spread(np.repeat(ordinal_P[order_P] + 1, size_P))
         leaves["positions"] = spread(within_N)
@@ -255,6 +284,34 @@ def packed_rows(
         leaves["segments"] = spread(1)
         leaves["positions"] = spread(place_N % length)
     return leaves
+
+
+def target_places(tokens: Tokens, plan: Plan, rows_B: np.ndarray) -> np.ndarray:
+    """int64 [B, L]: where in the stream the target of each place stands that counts; -1 elsewhere.
+
+    Of rows whose documents are whole.
+    """
+    places_BxL = np.full((len(rows_B), plan.length), -1, np.int64)
+    for row, places_L in zip(rows_B, places_BxL, strict=True):
+        pieces = slice(plan.rows[row], plan.rows[row + 1])
+        at = 0
+        for start, size in zip(plan.starts[pieces], plan.sizes[pieces], strict=True):
+            targets_N = np.arange(start + 1, start + size)
+            counted_N = tokens.trained[targets_N]
+            places_L[at : at + size - 1][counted_N] = targets_N[counted_N]
+            at += size
+    return places_BxL
+
+
+def answer_ids(tokens: Tokens, plan: Plan, rows_B: np.ndarray) -> np.ndarray:
+    """int64 [B, A]: which answer of the stream each of a row's is; -1 where there is none."""
+    pieces_B = plan.rows[rows_B + 1] - plan.rows[rows_B]
+    piece_P = _ranges(plan.rows[rows_B], pieces_B)
+    documents_P = np.searchsorted(tokens.offsets, plan.starts[piece_P], "right") - 1
+    first_P = np.repeat(np.cumsum(pieces_B) - pieces_B, pieces_B)
+    pieces = branches.Pieces(documents_P, np.repeat(np.arange(len(rows_B)), pieces_B), first_P)
+    found = branches.answer_numbers(tokens.branches, pieces, len(rows_B), plan.answers)
+    return found["ids"]
 
 
 def _pieces(offsets: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

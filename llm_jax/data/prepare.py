@@ -27,7 +27,7 @@ ORIGIN = "origin.json"  # beside a trained tokenizer: its options and its text
 class Corpus:
     """What training needs of the data: text as one stream of tokens.
 
-    `data.dialogue.Dialogues` is the other kind.
+    `data.chat_corpus.ChatCorpus` is the other kind.
     """
 
     tokenizer: tokenizers.Tokenizer

@@ -111,9 +111,15 @@ class Renderer:
         return self.tokenizer.encode(text, special=True)
 
     def spans(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence | None = None,
+        after: int = 0,
     ) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation, and (start, end) of the characters to learn, in order.
+
+        With `train_on="assistant"` those of the turns from number `after` on.
 
         Raises ValueError for what the template refuses, and if it writes a turn in a way that
         cannot be found again.
@@ -123,14 +129,16 @@ class Renderer:
                 self._for_tools = Renderer(
                     self.tokenizer, template, train_on=self.train_on, tools=tools, now=self._now
                 )
-            return self._for_tools.spans(messages, tools=tools)
+            return self._for_tools.spans(messages, tools=tools, after=after)
         text, blocks = self._render(messages, tools=tools)
         if self.train_on == "all":
             return text, [(0, len(text))]
-        numbers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        numbers = [
+            i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= after
+        ]
         if self.train_on == "last":
             numbers = numbers[-1:]
-        if self.marked and self.train_on == "assistant":
+        if self.marked and self.train_on == "assistant" and not after:
             return text, blocks
         turns = [self._turn(text, messages, i, tools) for i in numbers]
         turns = [turn for turn in turns if turn is not None]

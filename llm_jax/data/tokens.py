@@ -15,7 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from llm_jax.data import branches as branching
+
 FORMAT = 1
+PER_TOKEN = ("trained", "read", "ref_log_probs")
 MANIFEST, DOCUMENTS = "manifest.json", "documents.bin"
 
 
@@ -53,6 +56,9 @@ class Tokens:
       total: number of tokens.
       offsets: int64 [documents + 1], where each document starts, and `total`.
       trained: bool [total], the tokens that count as targets; None: all do.
+      read: bool [total], the tokens whose own places count, in place of targets (rewards); or None.
+      branches: how documents branch (`data.branches`), which are never cut then; None: they do not.
+      ref_log_probs: float32 [total], of each token under a reference model; or None.
     """
 
     def __init__(
@@ -64,11 +70,15 @@ class Tokens:
         name: str = "tokens",
         manifest: Manifest | None = None,
         trained: np.ndarray | None = None,
+        read: np.ndarray | None = None,
+        branches: branching.Branches | None = None,
+        ref_log_probs: np.ndarray | None = None,
     ):
         # Plain views: indexing numpy's memmap class costs several times as much.
         self.shards, self.offsets = [np.asarray(s) for s in shards], np.asarray(offsets)
         self.vocab_size, self.name, self.manifest = vocab_size, name, manifest
-        self.trained = trained
+        self.trained, self.read = trained, read
+        self.branches, self.ref_log_probs = branches, ref_log_probs
         self.bounds = np.cumsum([0] + [len(s) for s in shards])  # where each shard starts
         self.total = int(self.bounds[-1])
 
@@ -91,9 +101,8 @@ class Tokens:
             np.concatenate([*offsets, ends[-1:]]),
             vocab_size=max(p.vocab_size for p in parts),
             name=" + ".join(p.name for p in parts),
-            trained=None
-            if parts[0].trained is None
-            else np.concatenate([p.trained for p in parts]),
+            **{name: _joined([getattr(p, name) for p in parts]) for name in PER_TOKEN},
+            branches=parts[0].branches and branching.concatenate([p.branches for p in parts]),
         )
 
     def fingerprint(self) -> str:
@@ -101,7 +110,8 @@ class Tokens:
         if self.manifest is not None:
             return self.manifest.fingerprint()
         digest = hashlib.sha256(self.offsets.tobytes())
-        for array in (*self.shards, *(() if self.trained is None else (self.trained,))):
+        known = [self.trained, self.read, *(self.branches or ())]
+        for array in (*self.shards, *(x for x in known if x is not None)):
             digest.update(np.ascontiguousarray(array))
         return digest.hexdigest()
 
@@ -140,6 +150,10 @@ class Tokens:
             for i in np.flatnonzero(np.diff(edges))
         ]
         return np.concatenate(parts) if parts else np.empty(0, self.shards[0].dtype)
+
+
+def _joined(arrays: list[np.ndarray | None]) -> np.ndarray | None:
+    return None if arrays[0] is None else np.concatenate(arrays)
 
 
 def _windows(shard: np.ndarray, starts_N: np.ndarray, width: int) -> np.ndarray:

@@ -177,16 +177,18 @@ def generate(
     top_p: float = 1.0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
+    row_keys: Array | None = None,
 ) -> list[Completion]:
     """Completes each prompt (text, or token ids); prompts of any lengths share one batch.
 
-    The same seed gives the same texts. `stop` strings end a text and are cut off, also where they
-    span several tokens; `stop_at_end` ends it at the tokenizer's end token and at any of
-    `end_tokens`.
+    The same seed gives the same texts; `row_keys`, a random key for each prompt, take its place, so
+    that a text does not depend on where its prompt stands. `stop` strings end a text and are cut
+    off, also where they span several tokens; `stop_at_end` ends it at the tokenizer's end token and
+    at any of `end_tokens`.
 
     Raises:
-      ValueError: a number out of its range, a prompt with ids outside the vocabulary, or lengths
-        that a learned position table does not have.
+      ValueError: a number out of its range, a prompt with ids outside the vocabulary, lengths that
+        a learned position table does not have, or not as many `row_keys` as prompts.
     """
     if max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens={max_new_tokens} has to be at least 1")
@@ -228,13 +230,16 @@ def generate(
         stop_table = stopping.token_automaton(
             stop, _padded(tokenizer.token_bytes(), cfg.vocab_size)
         )[0]
-    key = jax.random.key(seed)
+    if row_keys is None:
+        row_keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(B))
+    elif len(row_keys) != B:
+        raise ValueError(f"{B} prompts need as many row_keys, not {len(row_keys)}")
     out = generate_tokens(
         params,
         tokens,
         np.array([len(ids) for ids in encoded], np.int32),
         np.int32(max_new_tokens),
-        jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(rows)),
+        row_keys[jnp.minimum(jnp.arange(rows), B - 1)],
         sampling,
         np.array(_end_ids(tokenizer, end_tokens) if stop_at_end else [-1], np.int32),
         stop_table,

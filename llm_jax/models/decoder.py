@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax import sharding
 from llm_jax.config import ModelConfig
+from llm_jax.models import heads
 from llm_jax.nn import attention, cached, distill_head, head, layers, moe, mup, positions, weights
 from llm_jax.nn.blockwise import EVERYONE
 from llm_jax.nn.dense import embed
@@ -27,7 +28,7 @@ from llm_jax.nn.stack import stack
 from llm_jax.types import Array, Batch, Cache, Hidden, PyTree, Scores
 
 # A router works in float32: in bfloat16 its bias would stop moving once it is large.
-KEEPS = re.compile(r"/scale$|/router/")
+KEEPS = re.compile(r"/scale$|/router/|^reward/")
 NOISE = 1 << 30  # folded into a row's key; layers fold in their number
 
 
@@ -57,9 +58,9 @@ def specs(cfg: ModelConfig) -> PyTree:
         )
     if cfg.norm_position != "post":
         tree["final_norm"] = layers.norm_specs(cfg, D)
-    if not cfg.tied:
+    if not cfg.tied and cfg.head == "lm":
         tree["head"] = {"w": ParamSpec((rows, D), ("vocab", "embed"), Normal(cfg.init_std))}
-    return mup.parametrize(tree, cfg)
+    return {**mup.parametrize(tree, cfg), **heads.specs(cfg)}
 
 
 def hidden(
@@ -357,6 +358,8 @@ def _at_layer(x_BxE: Array, i: Array, n_layers: int) -> Array:
 
 def head_table(params: PyTree) -> Array:
     """The output head's table [V, D]: its own, or the embedding it is tied to."""
+    if heads.REWARD in params:
+        raise ValueError("a reward model judges texts and writes none; give a language model")
     table = params["head"]["w"] if "head" in params else params["embed"]["tokens"]
     return table.dequantize(jnp.float32) if isinstance(table, weights.Weight) else table
 
@@ -401,6 +404,8 @@ def _side(
 
         everyone_n = jnp.full((n,), EVERYONE)
         side = {"segments": (batch.segments, after_prefix(batch.segments, everyone_n))}
+        if batch.parents is not None:
+            side["parents"] = batch.parents
         if cfg.window:
             side["positions"] = (position, after_prefix(position, jnp.arange(n)))
         return position, side, None

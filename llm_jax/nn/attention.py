@@ -111,7 +111,7 @@ def layer(
     scale = cfg.attention_scale or 1 / math.sqrt(Dh)
     shape = Shape(True, 0, cfg.attention_softcap, scale, cfg.attention_block)
     if cache is None:
-        mask = Mask(side.get("segments"), side.get("positions"))
+        mask = Mask(side.get("segments"), side.get("positions"), parents=side.get("parents"))
         if "prefix" in p:
             k, v = _behind(p["prefix"]["k"], k), _behind(p["prefix"]["v"], v)
             mask = mask._replace(start=k.shape[1] - L)

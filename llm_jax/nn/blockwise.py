@@ -25,11 +25,13 @@ MAX_STRIPS, MIN_STRIP = 4, 64
 class Mask(NamedTuple):
     """Who may see whom. `segments` and `positions` are (queries [B, L], keys [B, S]) or None, which
     says that each row is one document whose slots are its positions. Within a document positions
-    run as the slots do: blocks that a window cannot reach are left out by slot."""
+    run as the slots do: blocks that a window cannot reach are left out by slot, unless there are
+    `parents`, the segments that those of the queries go on from and see as well."""
 
     segments: tuple[Array, Array] | None = None
     positions: tuple[Array, Array] | None = None
     start: Array | int = 0  # slot of the first query
+    parents: Array | None = None  # [B, L]; a segment's own number where it goes on from none
 
     @property
     def cached(self) -> bool:
@@ -58,7 +60,10 @@ def visible(mask: Mask, shape: Shape, q_slot_L: Array, k_slot_S: Array) -> Array
         ok = k_slot <= q_slot
     if mask.segments is not None:
         q_seg, k_seg = mask.segments[0][:, :, None], mask.segments[1][:, None, :]
-        same = ((q_seg == k_seg) | (k_seg == EVERYONE)) & (q_seg > 0)
+        same = (q_seg == k_seg) | (k_seg == EVERYONE)
+        if mask.parents is not None:
+            same |= mask.parents[:, :, None] == k_seg
+        same &= q_seg > 0
         ok = same if ok is None else ok & same
     if shape.window:
         distance = q_slot - k_slot
@@ -189,7 +194,8 @@ class _Strip(NamedTuple):
         rows, keys = slice(self.first, self.end), slice(self.low, self.high)
         sides = [None if x is None else (x[0][:, rows], x[1][:, keys]) for x in mask[:2]]
         q_slot, k_slot = jnp.arange(self.first, self.end), jnp.arange(self.low, self.high)
-        ok = visible(Mask(*sides), shape, mask.start + q_slot, k_slot)
+        parents = None if mask.parents is None else mask.parents[:, rows]
+        ok = visible(Mask(*sides, parents=parents), shape, mask.start + q_slot, k_slot)
         ok = None if ok is None else ok[:, None, None]
         return q[:, :, :, rows], k[:, :, keys], v[:, :, keys], ok
 
@@ -201,8 +207,9 @@ def _strips(q: Array, k: Array, mask: Mask, shape: Shape) -> list[_Strip]:
         return [_Strip(0, L, 0, S)]
     n = max(1, min(MAX_STRIPS, L // MIN_STRIP))
     cuts = [i * L // n for i in range(n + 1)]
+    window = shape.window if mask.parents is None else 0
     return [
-        _Strip(a, b, max(0, a - shape.window + 1) if shape.window else 0, min(b, S))
+        _Strip(a, b, max(0, a - window + 1) if window else 0, min(b, S))
         for a, b in itertools.pairwise(cuts)
     ]
 
@@ -259,10 +266,11 @@ class _Blocks(NamedTuple):
         zero = jnp.sum(self.q[:0]).astype(jnp.int32)
         i, j = i + zero, j + zero
         sides = [None if x is None else (at(x[0], i, 1), at(x[1], j, 1)) for x in self.mask[:2]]
+        parents = None if self.mask.parents is None else at(self.mask.parents, i, 1)
         q_slot = self.mask.start + i * self.size + jnp.arange(self.size)
         k_slot = j * self.size + jnp.arange(self.size)
         ok = (k_slot < self.n_keys)[None, None, :]
-        if (more := visible(Mask(*sides), shape, q_slot, k_slot)) is not None:
+        if (more := visible(Mask(*sides, parents=parents), shape, q_slot, k_slot)) is not None:
             ok = ok & more
         return at(self.q, i, 3), at(self.k, j, 2), at(self.v, j, 2), ok[:, None, None]
 
@@ -282,11 +290,12 @@ def _cut(q: Array, k: Array, v: Array, mask: Mask, shape: Shape) -> _Blocks:
         first = lambda i: mask.start + i * size  # noqa: E731
         if shape.causal:
             pairs = [(i, j) for i, j in pairs if j * size < first(i) + size]
-        if shape.window and shape.causal:
+        if shape.window and shape.causal and mask.parents is None:
             pairs = [(i, j) for i, j in pairs if first(i) - (j * size + size - 1) < shape.window]
     i, j = (jnp.array(x, jnp.int32) for x in zip(*pairs, strict=True))
     q, k, v = pad(q, 3, n * size), pad(k, 2, m * size), pad(v, 2, m * size)
-    return _Blocks(size, q, k, v, Mask(*sides, mask.start), S, (i, j))
+    parents = None if mask.parents is None else pad(mask.parents, 1, n * size)
+    return _Blocks(size, q, k, v, Mask(*sides, mask.start, parents), S, (i, j))
 
 
 def blocks_forward(q: Array, k: Array, v: Array, mask: Mask, shape: Shape) -> tuple[Array, Array]:

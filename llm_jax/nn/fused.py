@@ -44,6 +44,8 @@ def refuses(name: str, q: Array, k: Array, mask: Mask, shape: Shape) -> str:
         return f"mesh.context={context_size()} cuts rows along their length"
     if mask.cached:
         return "it is a cached call"
+    if mask.parents is not None:
+        return "answers share their prompt's tokens (data.preference.shared_prompt)"
     if platform == "gpu" and q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"the compute type is {q.dtype}, not bfloat16"
     checks = {"cudnn": _cudnn_refuses, "pallas": _pallas_refuses, "splash": _splash_refuses}

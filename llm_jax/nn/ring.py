@@ -56,6 +56,11 @@ def ring(
         )
     if mask.cached:
         raise ValueError("model.attention=ring cannot do a cached call; use model.attention=auto")
+    if mask.parents is not None:
+        raise ValueError(
+            "mesh.context > 1: a ring cannot do answers that share their prompt's tokens; set "
+            "data.preference.shared_prompt=False"
+        )
     if shape.causal and L != S:
         raise ValueError(f"causal ring attention of {L} queries needs as many keys, not {S}")
     plan = _plan(n, L, shape)

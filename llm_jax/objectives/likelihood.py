@@ -42,12 +42,22 @@ def cross_entropy(
     if batch.bytes is not None:
         counted = jnp.where(w > 0, batch.bytes, 0).astype(jnp.float32)
         metrics["nats_per_byte"] = Mean(nll.total, jnp.sum(counted))
+    return with_penalties(Loss(terms, scales, metrics), scores, batch, penalties or {})
+
+
+def with_penalties(loss: Loss, scores: Scores, batch: Batch, factors: Mapping[str, float]) -> Loss:
+    """A loss with the model's own penalties, times their `factors`, and its stats: means over the
+    tokens of the batch.
+
+    Raises:
+      ValueError: the model has a penalty without a factor.
+    """
+    terms, scales, metrics = dict(loss.terms), dict(loss.scales), dict(loss.metrics)
     tokens = _tokens(batch)
     for name, sum_B in scores.penalties.items():
-        if name not in (penalties or {}):
+        if name not in factors:
             raise ValueError(f"the penalty {name!r} of the model has no scale")
-        terms[name] = Mean(jnp.sum(sum_B), tokens)
-        scales[name] = penalties[name]
+        terms[name], scales[name] = Mean(jnp.sum(sum_B), tokens), factors[name]
     for name, sum_Bx in scores.stats.items():
         metrics[name] = Mean(jnp.sum(sum_Bx, axis=0), tokens)
     return Loss(terms=terms, scales=scales, metrics=metrics)

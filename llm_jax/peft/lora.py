@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from llm_jax.config import PeftConfig
 from llm_jax.nn import weights
+from llm_jax.nn.bottleneck import Bottleneck
 from llm_jax.nn.low_rank import LowRank
 from llm_jax.nn.params import Constant, ParamSpec, Uniform, flatten, unflatten
 from llm_jax.types import Array, PyTree
@@ -86,6 +87,17 @@ def merge(params: PyTree) -> PyTree:
         lambda w: weights.dequantize(w, jnp.float32) if weights.is_weight(w) else w,
         params,
         is_leaf=weights.is_weight,
+    )
+
+
+def detach(params: PyTree) -> PyTree:
+    """A tree with adapters of any method -> that of the model underneath. No array is copied."""
+    adapters = (LowRank, Bottleneck)
+    params = {name: part for name, part in params.items() if name != "prefix"}
+    return jax.tree.map(
+        lambda w: w.base if isinstance(w, adapters) else w,
+        params,
+        is_leaf=lambda w: isinstance(w, adapters),
     )
 
 

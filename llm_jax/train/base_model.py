@@ -8,10 +8,11 @@ import jax
 
 from llm_jax import config as configs
 from llm_jax import models
-from llm_jax.config import MoEConfig, TrainConfig
+from llm_jax.config import ModelConfig, MoEConfig, TrainConfig
 from llm_jax.data.prepare import save_tokenizer
 from llm_jax.interop import peft_format, pretrained
 from llm_jax.interop.weights import Hold
+from llm_jax.models import heads
 from llm_jax.nn.params import digest, fingerprint, flatten, unflatten
 from llm_jax.peft import lora
 from llm_jax.train import checkpoint, distributed
@@ -32,6 +33,7 @@ RECIPES = (
     "dropout",
     "embed_noise",
     "cache_dtype",
+    "head",
 )
 RECIPES_EXPERTS = ("implementation", "dispatch", "capacity_factor", "chunk")
 
@@ -68,6 +70,10 @@ def adopt(cfg: TrainConfig, path: str | Path, asked: Iterable[str] = ()) -> None
         path = folder / str(step)
         base = checkpoint.load_config(path)
         model, adds_bos = configs.thaw(base.model), base.data.add_bos
+        if model.head != "lm" and cfg.model.head == "lm":
+            raise ValueError(
+                f"--init_from={path} is a reward model, which writes no text; give a language model"
+            )
         ends, stop = base.tokenizer.end_tokens, base.tokenizer.stop
     for name in RECIPES:
         setattr(model, name, getattr(cfg.model, name))
@@ -90,6 +96,13 @@ def keep_tokenizer(tokenizer: Any, workdir: Path) -> str:
     """Makes it that of a run in `workdir`, in place of another; returns its folder."""
     folder = str(workdir / "tokenizer")
     return distributed.from_main("tokenizer", lambda: save_tokenizer(tokenizer, folder) or folder)
+
+
+def specs_of(path: str | Path, model: ModelConfig) -> PyTree:
+    """The specs of the model at `path`: those of `model`, but for its head."""
+    own = configs.thaw(model)
+    own.head = "lm" if pretrained.kind(path) else checkpoint.load_config(path).model.head
+    return models.family(own.family).specs(configs.freeze(own))
 
 
 def load_base(
@@ -124,7 +137,8 @@ def load_params(
         params = checkpoint.load_params(path, specs, mesh)
     else:
         trained = load_trained(path, cfg, mesh)
-        base = load_params(base_of(path, cfg), specs, mesh)
+        below = base_of(path, cfg)
+        base = load_params(below, specs_of(below, cfg.model), mesh)
         check_base(path, cfg, base)
         params = lora.merge(tuned(base, trained, cfg))
         checkpoint.check_shapes(specs, params, str(path))
@@ -171,6 +185,7 @@ def tuned(params: PyTree, trained: PyTree, cfg: TrainConfig) -> PyTree:
       ValueError: the base has other shapes than `cfg.model`.
     """
     specs = models.family(cfg.model.family).specs(cfg.model)
+    params = heads.fitted(params, specs, jax.random.key(0))
     checkpoint.check_shapes(specs, params, "the base")
     tuning = make_tuning(cfg, specs)
     _, frozen = tuning.split(params, jax.random.key(0))

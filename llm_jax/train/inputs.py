@@ -1,8 +1,9 @@
-"""A run's data: text or conversations, made by one process and opened by the others."""
+"""A run's data: text, conversations or preferences, made by one process and opened by the others."""
 
 from pathlib import Path
 
 from llm_jax.config import TrainConfig
+from llm_jax.data.comparisons import Wanted, prepare_preferences
 from llm_jax.data.dialogue import prepare_dialogues
 from llm_jax.data.prepare import Corpus, prepare_corpus, prepare_in
 from llm_jax.train import distributed
@@ -29,14 +30,16 @@ def prepare(cfg: TrainConfig, workdir: Path) -> Corpus:
 def _prepare(cfg: TrainConfig, workdir: Path) -> Corpus:
     made: list[Corpus] = []
 
-    def dialogues(writer: bool) -> Corpus:
-        return prepare_dialogues(
-            cfg.data, cfg.tokenizer, str(workdir), length=cfg.length, writer=writer
-        )
+    def in_memory(writer: bool) -> Corpus:
+        options = {"length": cfg.length, "writer": writer}
+        if cfg.data.format == "dialogue":
+            return prepare_dialogues(cfg.data, cfg.tokenizer, str(workdir), **options)
+        options["wanted"] = _wanted(cfg)
+        return prepare_preferences(cfg.data, cfg.tokenizer, str(workdir), **options)
 
     def make() -> str:
-        if cfg.data.format == "dialogue":
-            made.append(dialogues(True))
+        if cfg.data.format != "text":
+            made.append(in_memory(True))
         else:
             made.append(prepare_corpus(cfg.data, cfg.tokenizer, str(workdir)))
         return made[0].directory
@@ -44,6 +47,13 @@ def _prepare(cfg: TrainConfig, workdir: Path) -> Corpus:
     root = distributed.from_main("data", make)
     if made:
         return made[0]
-    if cfg.data.format == "dialogue":
-        return dialogues(False)
+    if cfg.data.format != "text":
+        return in_memory(False)
     return prepare_in(root, cfg.data, cfg.tokenizer, writer=False, verify=False)
+
+
+def _wanted(cfg: TrainConfig) -> Wanted:
+    """What the run's objective needs of answers."""
+    if cfg.model.head == "reward":
+        return Wanted(reads="ends", pairs=cfg.reward.loss != "regression")
+    return Wanted(pairs=cfg.dpo.loss != "kto", others=cfg.dpo.loss == "kto")

@@ -25,12 +25,11 @@ from llm_jax import mesh as mesh_choice
 from llm_jax import models, sharding
 from llm_jax.config import TrainConfig
 from llm_jax.data.prepare import Corpus
-from llm_jax.decode.generate import generate
-from llm_jax.eval import likelihood
-from llm_jax.eval import run as tasks
+from llm_jax.models import heads
 from llm_jax.nn.params import count, flatten
 from llm_jax.train import base_model, checkpoint, distributed, environment, inputs, summary
 from llm_jax.train.checkpoint import Checkpoints
+from llm_jax.train.measures import Measures
 from llm_jax.train.metrics import (
     MetricsLog,
     Progress,
@@ -159,14 +158,13 @@ class _Run:
         self.cfg, self.workdir, self.corpus, self.loader = cfg, workdir, corpus, loader
         self.program, self.task, self.peak, self.compare = program, task, peak, compare
         self.main = distributed.is_main()
-        self.eval_batches = corpus.eval_batches(cfg, *distributed.row_blocks(program.mesh))
+        self.measures = Measures(cfg, workdir, corpus, program, task)
+        self.eval_batches = self.measures.batches
         self.tokens_per_step = cfg.batch_size * cfg.length
         tunes = cfg.peft.method != "none"
         self.flops_per_token = train_flops_per_token(
             program.specs, cfg.model, cfg.length, program.tuning.trained if tunes else None
         )
-        self.samples: list[dict] = []
-        self.asked = self._questions() if jax.process_count() == 1 else None
         distributed.check_equal(
             {
                 "config": configs.to_dict(cfg),
@@ -174,17 +172,6 @@ class _Run:
                 "number of evaluation batches": len(self.eval_batches or ()),
             }
         )
-
-    def _questions(self) -> tasks.Asked | None:
-        """Those of `eval.tasks`, read before the first step."""
-        wanted, add_bos = self.cfg.eval, self.cfg.data.add_bos
-        options = tasks.Options(
-            input=wanted.task_input,
-            limit=wanted.task_limit,
-            num_fewshot=wanted.task_shots,
-            add_bos=add_bos,
-        )
-        return tasks.ask(self.corpus.tokenizer, wanted.tasks, options) if wanted.tasks else None
 
     def describe(self) -> dict[str, Any]:
         """What would run, printed; nothing is compiled."""
@@ -220,12 +207,14 @@ class _Run:
         return self.program.init(key, self.task.params)
 
     def _from_base(self, key: jax.Array, checkpoints: Checkpoints) -> TrainState:
-        program, asked = self.program, (self.cfg.checkpoint.init_from, self.program.specs)
+        program, path = self.program, self.cfg.checkpoint.init_from
+        asked = (path, base_model.specs_of(path, self.cfg.model))
         if program.tuning.hold is None:
             params = base_model.load_params(*asked, program.mesh)
         else:
             params, base = base_model.load_base(*asked, program.mesh, program.tuning.hold)
             checkpoints.tunes(base)
+        params = heads.fitted(params, program.specs, jax.random.fold_in(key, 2))
         return program.start(params, key, self.task.params)
 
     # The loop ----------------------------------------------------------------------------------
@@ -263,10 +252,8 @@ class _Run:
         self.speed = Throughput(self.tokens_per_step)
         self.spikes = SpikeScore()
         self.last: dict[str, Any] = {}
-        if several and self.eval_batches is not None and cfg.eval.sample_tokens:
-            self._say("note: several processes draw no samples; experiments.generate does it after")
-        if several and cfg.eval.tasks:
-            self._say("note: several processes score no tasks; experiments.evaluate does it after")
+        for note in self.measures.notes():
+            self._say(f"note: {note}")
         stop = distributed.StopSignals()
         pending = None
         saved = start if start else None
@@ -430,57 +417,21 @@ class _Run:
             )
 
     def _evaluate(self, state: TrainState, watch: Watchdog) -> dict[str, float]:
-        params = self.program.params(state)
-
-        def batches():
-            for i, batch in enumerate(self.eval_batches):
-                watch.mark("evaluation batch", i)
-                yield put(batch, self.program.mesh)
-
-        found = likelihood.evaluate(self.program.evaluate, params, batches())
-        if self.asked:
-            watch.mark("tasks after step", int(state.step))
-            tokenizer = self.corpus.tokenizer
-            found |= tasks.values(tasks.score(params, self.cfg.model, tokenizer, self.asked))
-        return found
+        return self.measures.evaluate(self.program.params(state), int(state.step), watch)
 
     def _sample(self, state: TrainState, step: int, watch: Watchdog) -> None:
-        cfg = self.cfg.eval
-        if not cfg.sample_tokens or jax.process_count() > 1:
-            return
-        watch.mark("samples after step", step)
-        model, params = self.cfg.model, self.program.params(state)
-        n = cfg.sample_tokens
-        if model.positions == "learned":
-            n = min(n, models.family(model.family).room(params, model) - 1)
-        outs = generate(
-            params,
-            model,
-            self.corpus.tokenizer,
-            [self.corpus.prompt(text) for text in cfg.prompts],
-            max_new_tokens=n,
-            seed=self.cfg.seed,
-            end_tokens=self.cfg.tokenizer.end_tokens,
-            stop=self.cfg.tokenizer.stop,
-            add_bos=self.cfg.data.add_bos,
-            temperature=cfg.temperature,
-            top_k=cfg.top_k,
-            top_p=cfg.top_p,
-        )
-        for prompt, out in zip(cfg.prompts, outs, strict=True):
-            self.samples.append({"step": step, "prompt": prompt, "text": out.text})
-        with (self.workdir / "samples.jsonl").open("a") as f:
-            for sample in self.samples[-len(outs) :]:
-                f.write(json.dumps(sample) + "\n")
+        self.measures.sample(self.program.params(state), step, watch)
 
     def _finish(self, state: TrainState, evaluated: dict, begin: float) -> dict[str, Any]:
+        found, blocks = self.task.finish(self.program.params(state))
         result = summary.write(
             self.workdir,
             self.cfg,
             self.program,
             corpus=self.corpus,
             evaluated=evaluated,
-            notes=self.task.notes,
+            notes={**self.task.notes, **found},
+            blocks=blocks,
             flops=self.flops_per_token * self.tokens_per_step * int(state.step),
             wall_seconds=time.perf_counter() - begin,
             active=self.main,

@@ -51,6 +51,7 @@ def write(
     corpus: Any,
     evaluated: dict[str, float],
     notes: dict[str, Any],
+    blocks: list[report.Block],
     flops: float,
     wall_seconds: float,
     active: bool = True,
@@ -58,8 +59,8 @@ def write(
 ) -> dict[str, Any]:
     """Writes both from metrics.jsonl; returns the summary. Losses are in nats a token.
 
-    `notes` are further rows of the summary. `compare` makes rows of a table from the summary:
-    predicted against measured.
+    `notes` are further rows of the summary, `blocks` further parts of the report. `compare` makes
+    rows of a table from the summary: predicted against measured.
     """
     if not active:
         return {}
@@ -92,7 +93,8 @@ def write(
         **notes,
     }
     (workdir / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
-    write_report(workdir, cfg, result, metrics, corpus, compare(result) if compare else [])
+    compared = compare(result) if compare else []
+    write_report(workdir, cfg, result, metrics, corpus, compared, blocks)
     return result
 
 
@@ -103,8 +105,9 @@ def write_report(
     metrics: dict[str, list],
     corpus: Any,
     compared: list[dict[str, Any]],
+    found: list[report.Block],
 ) -> Path:
-    """report.md: the numbers, the curves, the samples, the data and the config."""
+    """report.md: the numbers, what a task found, the curves, the samples, the data and the config."""
     steps = metrics["step"]
     smooth = max(len(steps) // 60, 1)
 
@@ -123,26 +126,9 @@ def write_report(
             caption="Summary (losses in nats a token)",
         ),
         *([report.Table(compared, caption="Predicted, and measured")] if compared else []),
+        *found,
         report.Plot("loss", losses, title="Loss", xlabel="step", ylabel="nats a token"),
-        report.Plot(
-            "bits_per_byte",
-            [
-                curve("train_bits_per_byte", "training", smooth=smooth),
-                report.Series(
-                    "held out",
-                    [
-                        s
-                        for s, v in zip(steps, metrics.get("bits_per_byte", []), strict=False)
-                        if v is not None
-                    ],
-                    [v for v in metrics.get("bits_per_byte", []) if v is not None],
-                    style="points",
-                ),
-            ],
-            title="Bits per byte",
-            xlabel="step",
-            ylabel="bits per UTF-8 byte",
-        ),
+        *([_bits_per_byte(metrics, curve, smooth)] if "train_bits_per_byte" in metrics else []),
         report.Plot(
             "learning_rate", [curve("lr", "learning rate")], title="Learning rate", xlabel="step"
         ),
@@ -176,7 +162,7 @@ def write_report(
         blocks.append(report.Text("## Samples"))
         first, last = (pick(s["step"] for s in samples) for pick in (min, max))
         # A text goes on where its prompt ends; an answer is a turn of its own.
-        continues = cfg.data.format != "dialogue"
+        continues = cfg.data.format == "text"
         for s in [s for s in samples if s["step"] in (first, last)]:
             prompt = f", prompt {s['prompt']!r}" if s["prompt"] else ""
             text = s["prompt"] + s["text"] if continues else s["text"]
@@ -188,6 +174,22 @@ def write_report(
         report.Code((workdir / "config.json").read_text(), language="json"),
     ]
     return report.write_report(workdir, f"Training run: {cfg.name or workdir.name}", blocks)
+
+
+def _bits_per_byte(metrics: dict[str, list], curve: Callable, smooth: int) -> report.Plot:
+    found = metrics.get("bits_per_byte", [])
+    held_out = [(s, v) for s, v in zip(metrics["step"], found, strict=False) if v is not None]
+    steps, values = zip(*held_out, strict=True) if held_out else ((), ())
+    return report.Plot(
+        "bits_per_byte",
+        [
+            curve("train_bits_per_byte", "training", smooth=smooth),
+            report.Series("held out", steps, values, style="points"),
+        ],
+        title="Bits per byte",
+        xlabel="step",
+        ylabel="bits per UTF-8 byte",
+    )
 
 
 def _later(values: list[float]) -> list[float]:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from llm_jax import models, sharding
 from llm_jax.config import OptimizerConfig, PeftConfig, TrainConfig
+from llm_jax.models import heads
 from llm_jax.nn import params as nn_params
 from llm_jax.nn.params import flatten, unflatten
 from llm_jax.nn.weights import is_weight
@@ -127,9 +128,10 @@ def frozen_shardings(frozen: PyTree, specs: PyTree, mesh: jax.sharding.Mesh) -> 
 
 
 def _also(specs: PyTree, new: PyTree, cfg: TrainConfig) -> dict[str, nn_params.ParamSpec]:
-    """The model's own parameters that are trained whole."""
+    """The model's own parameters that are trained whole: a head that is not of a language model,
+    and those of `peft.also`."""
     flat = flatten(specs)
-    found = {}
+    found = {path: spec for path, spec in flat.items() if path.startswith(f"{heads.REWARD}/")}
     for pattern in cfg.peft.also:
         hits = {path: spec for path, spec in flat.items() if re.search(pattern, path)}
         if not hits:

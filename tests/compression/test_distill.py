@@ -16,7 +16,6 @@ from llm_jax import config as configs
 from llm_jax import models, sharding
 from llm_jax.compression import distill
 from llm_jax.compression.teacher import (
-    Teacher,
     check_teacher,
     check_tokenizer,
     prepare_top_k,
@@ -25,19 +24,20 @@ from llm_jax.config.tuning import DistillConfig
 from llm_jax.nn import params as nn_params
 from llm_jax.tokenizers import simple
 from llm_jax.train import checkpoint, program
+from llm_jax.train.companion import Companion
 from llm_jax.types import Batch
 
 V, L = 53, 16
 
 
 @pytest.fixture(scope="module")
-def teacher() -> Teacher:
+def teacher() -> Companion:
     """A random model with sharp distributions."""
     cfg = tiny_model(d_model=16, d_ff=32, n_heads=2, kv_heads=2, n_layers=1)
     specs = models.family(cfg.family).specs(cfg)
     params = jax.jit(lambda key: nn_params.init(specs, key))(jax.random.key(7))
     params["embed"]["tokens"] = params["embed"]["tokens"] * 40
-    return Teacher(cfg, params, specs, None)
+    return Companion(cfg, params, specs, None)
 
 
 def small_student(**changes) -> configs.TrainConfig:
@@ -146,7 +146,7 @@ def test_another_vocabulary_and_bad_numbers_are_named():
     check_tokenizer(byte, chatting)  # no id stands for another token
 
 
-def sampled(teacher: Teacher, rows: int, seed: int) -> np.ndarray:
+def sampled(teacher: Companion, rows: int, seed: int) -> np.ndarray:
     """[rows, L + 1] tokens drawn from the teacher itself."""
     model = models.family(teacher.cfg.family)
 
