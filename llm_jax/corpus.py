@@ -126,9 +126,7 @@ def questions() -> tuple[tuple[str, str, str], ...]:
 
 
 _PLACE_SHARE = 1 / 3  # of an answer's words, those that are replaced
-_NEIGHBOURS = (
-    256  # questions, at least, among which another answer of the same length is looked for
-)
+_NEIGHBOURS = 256  # questions, at least, among which an answer of the same length is looked for
 
 
 @functools.cache
@@ -160,7 +158,7 @@ def preferences() -> tuple[tuple[str, str, str, str], ...]:
                 rejected = _replaced(answer, name, words)
             else:
                 rejected = other
-            # Of an answer that is one word, many times, there is no other order.
+            # A few words may happen to keep their order.
             found.append((name, question, answer, rejected if rejected != answer else other))
     return tuple(found)
 
@@ -168,10 +166,7 @@ def preferences() -> tuple[tuple[str, str, str, str], ...]:
 def _scrambled(answer: str, name: str) -> str:
     words = answer.split()
     order = sorted(range(len(words)), key=lambda i: _digest(f"order of {name} {i}"))
-    mixed = [words[i] for i in order]
-    if mixed == words:
-        mixed = words[1:] + words[:1]
-    return " ".join(mixed)
+    return " ".join(words[i] for i in order)
 
 
 def _replaced(answer: str, name: str, pool: list[str]) -> str:

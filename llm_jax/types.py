@@ -56,7 +56,8 @@ class Batch:
     images: Array | None = None  # float [B, height, width, channels]
     # Of preferences: which answer of its row (from 1) a target belongs to, 0: none; and of each of
     # a row's answers the prompt (from 1, 0: there is no such answer). Without `answers` a row is one
-    # answer, and rows 2i and 2i + 1 are those to one prompt, the preferred one first.
+    # answer, and rows 2i and 2i + 1 are those to one prompt, the preferred one first (for batches
+    # that are not cut into micro-batches, which would part them).
     answers: Array | None = None  # int32 [B, T]
     groups: Array | None = None  # int32 [B, A]
     labels: Array | None = None  # int32 or float32 [B]; of preferences float32 [B, A], a score

@@ -1,6 +1,5 @@
 """Answers that a policy writes itself, before and after: their length, and how far it has moved."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -8,9 +7,9 @@ import numpy as np
 
 from llm_jax import report
 from llm_jax.align import rollout
+from llm_jax.align.policies import Policy
 from llm_jax.config import TrainConfig
 from llm_jax.data.comparisons import Comparisons
-from llm_jax.decode.generate import generate
 from llm_jax.peft import lora
 from llm_jax.train import companion
 from llm_jax.types import PyTree
@@ -67,17 +66,8 @@ class Generated:
             seed=self._cfg.seed,
         )
 
-    def _model(self, params: PyTree) -> Any:
-        """What `rollout` takes for a model."""
-        cfg, tokenizer = self._cfg, self._corpus.tokenizer
-
-        def complete(prompts: list[list[int]], **sampling: Any) -> list:
-            sampling.setdefault("end_tokens", cfg.tokenizer.end_tokens)
-            return generate(params, cfg.model, tokenizer, prompts, **sampling)
-
-        return SimpleNamespace(
-            params=params, config=cfg, tokenizer=tokenizer, mesh=self._mesh, complete=complete
-        )
+    def _model(self, params: PyTree) -> Policy:
+        return Policy(self._cfg, params, self._corpus.tokenizer, self._mesh)
 
 
 def _mean_tokens(answers: list[list[rollout.Answer]]) -> float:

@@ -16,8 +16,9 @@ from llm_jax.train.task import Task
 from llm_jax.types import Array, Batch, Loss, PyTree, Scores
 
 
-def objective(scores: Scores, batch: Batch, cfg: TrainConfig, slope: Array | None) -> Loss:
-    """What `cfg.reward` asks for, of rewards."""
+def objective(scores: Scores, batch: Batch, cfg: TrainConfig, lengths_RxA: Array) -> Loss:
+    """What `cfg.reward` asks for, of rewards; `lengths` is what each answer's length is worth, where
+    it is controlled for."""
     r = cfg.reward
     return preference.reward(
         scores,
@@ -28,8 +29,13 @@ def objective(scores: Scores, batch: Batch, cfg: TrainConfig, slope: Array | Non
         centring=r.centring,
         ties=cfg.data.preference.ties,
         per_prompt=cfg.data.preference.per_prompt,
-        length_slope=slope if r.control_length else None,
+        beside=lengths_RxA if r.control_length else None,
     )
+
+
+def length_worth(params: PyTree, batch: Batch) -> Array:
+    """[R, A]: the head's "length" times the log of an answer's tokens."""
+    return params[heads.REWARD]["length"] * preference.log_length(batch)
 
 
 def make_loss_fn(cfg: TrainConfig) -> LossFn:
@@ -38,7 +44,7 @@ def make_loss_fn(cfg: TrainConfig) -> LossFn:
 
     def loss_fn(params: PyTree, batch: Batch, carry: PyTree, keys: Array | None):
         scores = heads.reward_scores(model, params, batch, cfg.model, rng=keys)
-        loss = objective(scores, batch, cfg, params[heads.REWARD]["length"])
+        loss = objective(scores, batch, cfg, length_worth(params, batch))
         return likelihood.with_penalties(loss, scores, batch, factors), carry
 
     return loss_fn
@@ -52,7 +58,7 @@ def make_task(cfg: TrainConfig, mesh: jax.sharding.Mesh, corpus: Any, loader: An
 
     def step(params: PyTree, batch: Batch) -> tuple[Loss, Array]:
         scores = heads.reward_scores(model, params, batch, cfg.model)
-        loss = objective(scores, batch, cfg, params[heads.REWARD]["length"])
+        loss = objective(scores, batch, cfg, length_worth(params, batch))
         return loss, preference.per_answer(scores.values, batch)
 
     held_out = HeldOut(cfg, corpus, mesh, step)

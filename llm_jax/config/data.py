@@ -59,7 +59,7 @@ class PreferenceDataConfig(Config):
     """Answers to compare in, rows out: what reward models and direct optimisation read
     (data.format="preference"). Template, system and damaged rows are those of data.dialogue."""
 
-    layout: str = "auto"  # auto | pair | dialogue | sharegpt | ranking | rating | judged
+    layout: str = "auto"  # auto | pairs | dialogues | sharegpt | rankings | ratings | judged
     # Answers that were judged equally good: drop (no pair) | half (a pair, preferred by half)
     ties: str = "drop"
     # The pairs of a prompt count as one together, not each as one: a ranking of many answers then

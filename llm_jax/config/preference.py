@@ -20,8 +20,12 @@ class RewardConfig(Config):
     control_length: bool = False
     # tuned | features: the backbone stays as it is, and its features are computed once
     backbone: str = "tuned"
-    # features: half this times the squared weights (of features of variance 1) is added to the loss
-    l2: float = 0.01
+    # features: half this times the squared weights (of features of variance 1) is added to the loss;
+    # 0: chosen by cross-validation
+    l2: float = 0.0
+    # features: so many disjoint parts of data.eval_fraction of the prompts are held out in turn, and
+    # the accuracy over them is tested against that of preferring by length alone; 0: one, as ever
+    splits: int = 0
 
 
 @settings

@@ -33,6 +33,7 @@ class Branches(NamedTuple):
     answer_N: np.ndarray  # int32, within its document, from 1; 0: of none
     group_A: np.ndarray  # int32, within its document, from 1: answers that are compared
     label_A: np.ndarray  # float32
+    tokens_A: np.ndarray  # int64, that a model is to write
     first_D: np.ndarray  # int64 [D + 1], where a document's answers start
     segments_D: np.ndarray  # int64, of each document
     groups_D: np.ndarray  # int64, of each document
@@ -123,6 +124,7 @@ def lay(documents: Sequence[Document], *, shared: bool) -> Laid:
             *(np.concatenate(x) for x in (segment, parent, position, answer)),
             np.array(groups, np.int32),
             np.array(labels, np.float32),
+            np.array([sum(c) for d in documents for c in d.counted], np.int64),
             np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
             np.array(n_segments, np.int64),
             np.array(n_groups, np.int64),

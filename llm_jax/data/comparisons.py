@@ -33,7 +33,7 @@ from llm_jax.data.prepare import EVAL, TRAIN, sources_of
 from llm_jax.data.rendering import Renderer
 from llm_jax.data.tokens import Tokens, dtype_of
 
-OTHERS = -1.0  # label of an answer to another prompt; objectives.preference.OTHERS
+OTHERS = -(2.0**40)  # label of an answer to another prompt; objectives.preference.OTHERS
 
 
 class Wanted(NamedTuple):
@@ -266,11 +266,10 @@ def _document(rows: Sequence[tuple[Preference, list[_Answer]]]) -> Document:
         first = first[: differs[0]] if len(differs) else first
     n, groups, labels = len(first), [], []
     for number, (row, _) in enumerate(rows, 1):
-        groups += [number if row.kind == "ranked" else 1] * len(row.answers)
+        groups += [number if row.kind == "ranked" else 0] * len(row.answers)
         labels += [float(x) for x in row.labels]
-    if len(set(groups)) < max(groups):  # a mixture of kinds
-        order = {g: i for i, g in enumerate(sorted(set(groups)), 1)}
-        groups = [order[g] for g in groups]
+    order = {g: i for i, g in enumerate(dict.fromkeys(groups), 1)}
+    groups = [order[g] for g in groups]
     return Document(
         first,
         [a.ids[n:] for a in answers],
@@ -296,6 +295,8 @@ def _fitting(
         return leave_out("refused by the template", str(e))
     if not all(a.trained[1:].any() for a in answers):
         return leave_out("unwritten", "an answer of which the template marks no word")
+    if not len(_document([(row, answers)]).prompt):
+        return leave_out("no prompt", "no token stands in front of the answers")
     size = branches.size(_document([(row, answers)]), shared=shared)
     if size > length and cfg.too_long == "drop":
         return leave_out("too long", f"{size:,} tokens")

@@ -327,6 +327,10 @@ def _without(opening: Messages, turns: Messages) -> tuple[Messages, Messages]:
     own_system, wanted = _systems(opening)
     if _said(asked_again[: len(wanted)]) != _said(wanted):
         raise Malformed("no prompt", "an answer begins with another prompt than the row's")
+    if system and own_system and _said(system) != _said(own_system):
+        raise Malformed(
+            "no prompt", "an answer begins with another turn of the system than the row's"
+        )
     return (system or own_system) + wanted, asked_again[len(wanted) :]
 
 

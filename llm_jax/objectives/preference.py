@@ -156,7 +156,7 @@ def reward(
     centring: float = 0.0,
     ties: str = "drop",
     per_prompt: bool = False,
-    length_slope: Array | None = None,
+    beside: Array | None = None,
 ) -> Loss:
     """Of `scores.values`, read at the target of each answer that counts.
 
@@ -165,8 +165,8 @@ def reward(
     -log of the Plackett-Luce probability of a prompt's ranking, the sum over its places of
     log sum exp of what is left minus r (Luce 1959; Plackett 1975). regression: (r - label)^2.
     `centring` times the mean of (r_i + r_j)^2 keeps rewards around 0, which pairs leave open
-    (Eisenstein et al. 2023). With `length_slope`, a trained number, pairs are judged by
-    r + length_slope * log(tokens), so that r need not learn what length explains.
+    (Eisenstein et al. 2023). With `beside` [R, A] answers are judged by r + beside, so that r need not
+    learn what that explains, such as a trained slope times `log_length`.
 
     Metrics: accuracy (ties of rewards count half), margin, chosen, rejected.
 
@@ -176,9 +176,7 @@ def reward(
     answers = answers_of(batch)
     r_RxA = per_answer(scores.values, batch)
     pairs = pairs_of(answers, ties=ties, per_prompt=per_prompt)
-    judged = r_RxA
-    if length_slope is not None:
-        judged = r_RxA + length_slope * log_length(batch)
+    judged = r_RxA if beside is None else r_RxA + beside
     ahead = differences(judged)
     if loss == "regression":
         term = Mean.of(jnp.square(r_RxA - answers.labels), answers.real)
@@ -199,18 +197,10 @@ def reward(
 
 
 def log_length(batch: Batch) -> Array:
-    """log of each answer's tokens [R, A], found from the tokens of its segment; 0 for none."""
-    if batch.answers is None:
-        tokens = (
-            jnp.sum(batch.segments > 0, axis=1).reshape(-1, 2)
-            if batch.segments is not None
-            else (jnp.full((batch.tokens.shape[0] // 2, 2), batch.tokens.shape[1]))
-        )
-    else:
-        A = batch.groups.shape[1]
-        here = batch.answers[:, :, None] == jnp.arange(1, A + 1)[None, None, :]
-        tokens = jnp.sum(here, axis=1)
-    return jnp.log(jnp.maximum(tokens, 1).astype(jnp.float32))
+    """log of the places of each answer of packed rows [R, A]; 0 where there is none."""
+    A = batch.groups.shape[1]
+    here_BxTxA = batch.answers[:, :, None] == jnp.arange(1, A + 1)[None, None, :]
+    return jnp.log(jnp.maximum(jnp.sum(here_BxTxA, axis=1), 1).astype(jnp.float32))
 
 
 def plackett_luce(r_RxA: Array, answers: Answers) -> Mean:
@@ -344,7 +334,7 @@ def reference_free(
     return Loss({"sft": nll, "preference": term}, {"sft": 1.0, "preference": beta}, metrics)
 
 
-OTHERS = -1.0  # the label of an answer to another prompt, from which KTO estimates the KL
+OTHERS = -(2.0**40)  # the label of an answer to another prompt, from which KTO estimates the KL
 
 
 def kto(

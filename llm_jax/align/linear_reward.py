@@ -1,0 +1,114 @@
+"""A reward that is linear in given features.
+
+The losses of pairs are convex in it: L-BFGS finds the optimum, and the only choice, how strongly
+weights are held to 0, is made by cross-validation over prompts.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import optimize
+
+from llm_jax.align.features import Answers
+from llm_jax.align.judgements import Judged
+from llm_jax.align.reward_training import objective
+from llm_jax.config import TrainConfig
+from llm_jax.types import Array, Batch, Scores
+
+STRENGTHS = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # of l2 that are tried
+FOLDS = 5
+
+
+class Head(NamedTuple):
+    """reward = features . w + bias; `length` is what log(tokens) was worth beside it."""
+
+    w_D: np.ndarray
+    bias: float
+    length: float
+
+    def __call__(self, answers: Answers) -> np.ndarray:
+        """Rewards, float64 [N]."""
+        return answers.features_NxD.astype(np.float64) @ self.w_D + self.bias
+
+
+def fit(answers: Answers, cfg: TrainConfig, l2: float) -> Head:
+    """The head that minimises `cfg.reward`'s loss + l2 / 2 |w|^2 of standardised features."""
+    mean, scale = answers.features_NxD.mean(axis=0), answers.features_NxD.std(axis=0)
+    scale = np.where(scale > 0, scale, 1.0)
+    x_NxD = ((answers.features_NxD - mean) / scale).astype(np.float32)
+    batch, row_N, column_N = _batch(answers)
+    log_tokens = np.zeros(batch.weights.shape, np.float32)
+    log_tokens[row_N, column_N] = np.log1p(answers.tokens_N)
+    D = x_NxD.shape[1]
+
+    @jax.jit
+    def cost(theta: Array) -> tuple[Array, Array]:
+        def value(theta: Array) -> Array:
+            w_D, bias, slope = theta[:D], theta[D], theta[D + 1]
+            r_N = x_NxD @ w_D + bias
+            scores = Scores(values=jnp.zeros(batch.weights.shape).at[row_N, column_N].set(r_N))
+            loss = objective(scores, batch, cfg, slope * log_tokens)
+            return loss.value() + 0.5 * l2 * jnp.sum(jnp.square(w_D))
+
+        return jax.value_and_grad(value)(theta)
+
+    def both(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = cost(jnp.asarray(theta, jnp.float32))
+        return float(value), np.asarray(gradient, np.float64)
+
+    options = {"maxiter": 500, "ftol": 1e-9}
+    found = optimize.minimize(both, np.zeros(D + 2), jac=True, method="L-BFGS-B", options=options).x
+    w = found[:D] / scale
+    return Head(w, float(found[D] - w @ mean), float(found[D + 1]))
+
+
+def _batch(answers: Answers) -> tuple[Batch, np.ndarray, np.ndarray]:
+    """A group a row, an answer a token; and the place of each answer."""
+    _, row_N = np.unique(answers.groups_N, return_inverse=True)
+    first_R = np.searchsorted(row_N, np.arange(row_N[-1] + 1))
+    column_N = np.arange(len(row_N)) - first_R[row_N]
+    shape = (len(first_R), int(column_N.max()) + 1)
+    weights, labels = np.zeros((2, *shape), np.float32)
+    weights[row_N, column_N], labels[row_N, column_N] = 1.0, answers.labels_N
+    numbers = np.broadcast_to(np.arange(1, shape[1] + 1, dtype=np.int32), shape)
+    batch = Batch(
+        tokens=np.zeros(shape, np.int32),
+        weights=weights,
+        answers=numbers,
+        groups=weights.astype(np.int32),
+        labels=labels,
+    )
+    return batch, row_N, column_N
+
+
+def choose(answers: Answers, cfg: TrainConfig) -> tuple[float, list[dict[str, float]]]:
+    """The l2 of STRENGTHS with the lowest held-out loss, in FOLDS folds of prompts; and what was
+    seen of each."""
+    fold_N = (
+        np.random.default_rng(cfg.seed).permutation(answers.prompts_N[-1] + 1)[answers.prompts_N]
+        % FOLDS
+    )
+    seen = []
+    for l2 in STRENGTHS:
+        losses = []
+        for f in range(FOLDS):
+            head = fit(answers.pick(fold_N != f), cfg, l2)
+            losses.append(held_out_loss(head, answers.pick(fold_N == f), cfg))
+        seen.append({"l2": l2, "loss": float(np.mean(losses))})
+    return min(seen, key=lambda row: row["loss"])["l2"], seen
+
+
+def held_out_loss(head: Head, answers: Answers, cfg: TrainConfig) -> float:
+    """`cfg.reward`'s loss of a fitted head."""
+    batch, row_N, column_N = _batch(answers)
+    values, log_tokens = np.zeros((2, *batch.weights.shape), np.float32)
+    values[row_N, column_N] = head(answers)
+    log_tokens[row_N, column_N] = np.log1p(answers.tokens_N)
+    return float(objective(Scores(values=values), batch, cfg, head.length * log_tokens).value())
+
+
+def judged(head: Head, answers: Answers) -> Judged:
+    """Answers with the rewards of a head."""
+    return Judged(head(answers), answers.labels_N, answers.tokens_N, answers.groups_N)
