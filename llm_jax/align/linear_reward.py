@@ -4,6 +4,7 @@ The losses of pairs are convex in it: L-BFGS finds the optimum, and the only cho
 weights are held to 0, is made by cross-validation over prompts.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -41,27 +42,39 @@ def fit(answers: Answers, cfg: TrainConfig, l2: float) -> Head:
     batch, row_N, column_N = _batch(answers)
     log_tokens = np.zeros(batch.weights.shape, np.float32)
     log_tokens[row_N, column_N] = np.log1p(answers.tokens_N)
-    D = x_NxD.shape[1]
-
-    @jax.jit
-    def cost(theta: Array) -> tuple[Array, Array]:
-        def value(theta: Array) -> Array:
-            w_D, bias, slope = theta[:D], theta[D], theta[D + 1]
-            r_N = x_NxD @ w_D + bias
-            scores = Scores(values=jnp.zeros(batch.weights.shape).at[row_N, column_N].set(r_N))
-            loss = objective(scores, batch, cfg, slope * log_tokens)
-            return loss.value() + 0.5 * l2 * jnp.sum(jnp.square(w_D))
-
-        return jax.value_and_grad(value)(theta)
+    D, fixed = x_NxD.shape[1], (x_NxD, batch, (row_N, column_N), log_tokens, np.float32(l2))
 
     def both(theta: np.ndarray) -> tuple[float, np.ndarray]:
-        value, gradient = cost(jnp.asarray(theta, jnp.float32))
+        value, gradient = _cost(jnp.asarray(theta, jnp.float32), *fixed, cfg=cfg)
         return float(value), np.asarray(gradient, np.float64)
 
     options = {"maxiter": 500, "ftol": 1e-9}
     found = optimize.minimize(both, np.zeros(D + 2), jac=True, method="L-BFGS-B", options=options).x
     w = found[:D] / scale
     return Head(w, float(found[D] - w @ mean), float(found[D + 1]))
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _cost(
+    theta: Array,
+    x_NxD: Array,
+    batch: Batch,
+    places: tuple[Array, Array],
+    log_tokens: Array,
+    l2: Array,
+    *,
+    cfg: TrainConfig,
+) -> tuple[Array, Array]:
+    """The penalised loss and its gradient at theta [D + 2]: weights, bias, what length is worth."""
+
+    def value(theta: Array) -> Array:
+        w_D, bias, slope = theta[:-2], theta[-2], theta[-1]
+        r_N = x_NxD @ w_D + bias[None]
+        scores = Scores(values=jnp.zeros(batch.weights.shape).at[places].set(r_N))
+        loss = objective(scores, batch, cfg, slope * log_tokens)
+        return loss.value() + 0.5 * l2 * jnp.sum(jnp.square(w_D))
+
+    return jax.value_and_grad(value)(theta)
 
 
 def _batch(answers: Answers) -> tuple[Batch, np.ndarray, np.ndarray]:

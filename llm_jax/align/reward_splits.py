@@ -104,7 +104,9 @@ def _test(name: str, hits: dict[str, list[np.ndarray]], ratio: float) -> dict[st
     half = stats.t.ppf(0.975, k - 1) * error
     whole = {key: np.concatenate(hits[key]) for key in (name, "length")}
     decided = (whole[name] != 0.5) & (whole["length"] != 0.5)
-    p, alone, other = mcnemar(whole[name][decided], whole["length"][decided])
+    p, alone, other = 1.0, 0, 0
+    if decided.any():
+        p, alone, other = mcnemar(whole[name][decided], whole["length"][decided])
     return {
         "reward": name,
         "accuracy": float(np.mean(ours)),

@@ -1,0 +1,218 @@
+"""Reward models from end to end: tuned, with a LoRA, on kept features; as judges; their errors."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from preference_runs import make_base, preference_config, write_pairs
+
+import llm_jax
+from llm_jax.align import reward_features, reward_training, rewards
+from llm_jax.train import checkpoint
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("rows") / "pairs.jsonl")
+
+
+def reward_config(base, rows, **changes):
+    cfg = preference_config(base, rows, **{"model.head": "reward", "steps": 25, **changes})
+    return cfg
+
+
+def held_out_scores(run, rows):
+    """Rewards of the last rows' answers, chosen and rejected, by the saved model."""
+    judge = rewards.load(run)
+    told = [json.loads(line) for line in rows.read_text().splitlines()][-12:]
+    talk = lambda row, key: [  # noqa: E731
+        {"role": "user", "content": row["prompt"]},
+        {"role": "assistant", "content": row[key]},
+    ]
+    return [judge([talk(row, key) for row in told]) for key in ("chosen", "rejected")]
+
+
+@pytest.fixture(scope="module")
+def tuned(base, rows, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("tuned")
+    return workdir, reward_training.train(reward_config(base, rows), workdir)
+
+
+def test_a_tuned_model_learns_what_is_preferred(tuned):
+    workdir, summary = tuned
+    assert summary["eval/pair_accuracy"] == 1.0 and summary["eval/pairs"] == 12
+    assert summary["eval/length_only_accuracy"] == 0.5  # all answers are as long as their rival
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+    assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)  # the head starts at 0
+    report = (workdir / "report.md").read_text()
+    for plot in ("rewards", "calibration", "length"):
+        assert f"plots/{plot}.png" in report and (workdir / f"plots/{plot}.png").is_file()
+
+
+def test_the_saved_model_judges_as_it_was_measured(tuned, rows):
+    workdir, summary = tuned
+    chosen, rejected = held_out_scores(workdir, rows)
+    assert float(np.mean(chosen - rejected)) == pytest.approx(summary["eval/margin"], rel=1e-4)
+    judge = rewards.judge(str(workdir))
+    talk = [{"role": "user", "content": "The cat 1?"}, {"role": "assistant", "content": "good cat"}]
+    longer = [talk[0], {"role": "assistant", "content": "good cat " * 5}]
+    alone, among = judge([talk]), judge([longer, talk, longer])  # padding changes nothing
+    assert among[1] == pytest.approx(alone[0], rel=1e-5)
+
+
+def test_a_reward_model_writes_no_text(tuned, base):
+    workdir, _ = tuned
+    model = llm_jax.load(workdir)
+    with pytest.raises(ValueError, match="a reward model judges texts and writes none"):
+        model.generate(["a"], max_new_tokens=2)
+    with pytest.raises(ValueError, match="no reward model but a language model"):
+        rewards.load(base)
+    cfg = preference_config(base, "x", **{"checkpoint.init_from": "-"})
+    with pytest.raises(ValueError, match="is a reward model, which writes no text"):
+        llm_jax.train.base_model.adopt(cfg, workdir)
+
+
+def test_a_lora_with_its_head_is_all_that_is_saved(base, rows, tmp_path):
+    changes = {"peft.method": "lora", "peft.rank": 4, "steps": 20}
+    summary = reward_training.train(reward_config(base, rows, **changes), tmp_path / "run")
+    assert summary["eval/pair_accuracy"] == 1.0
+    saved = checkpoint._metadata(*checkpoint.locate(tmp_path / "run"))
+    names = {name.split("/")[-1] for name in configs_flat(saved)}
+    assert names == {"a", "b", "w", "bias", "length"}
+    chosen, rejected = held_out_scores(tmp_path / "run", rows)
+    assert float(np.mean(chosen - rejected)) == pytest.approx(summary["eval/margin"], rel=1e-4)
+
+
+def configs_flat(tree):
+    from llm_jax.nn.params import flatten
+
+    return flatten(tree)
+
+
+def test_features_are_computed_once_and_fit_a_head(base, rows, tmp_path, monkeypatch):
+    cfg = reward_config(base, rows, **{"reward.backbone": "features"})
+    summary = reward_features.train(cfg, tmp_path / "run")
+    assert summary["eval/pair_accuracy"] == 1.0 and summary["params_trained"] == 33
+    chosen, rejected = held_out_scores(tmp_path / "run", rows)
+    assert float(np.mean(chosen - rejected)) == pytest.approx(summary["eval/margin"], rel=1e-3)
+    from llm_jax.align import features
+
+    (tmp_path / "run/summary.json").unlink()
+    (tmp_path / "run/checkpoints").rename(tmp_path / "gone")
+    monkeypatch.setattr(features, "features", None)  # another look at the model would fail
+    again = reward_features.train(
+        reward_config(base, rows, **{"reward.backbone": "features"}), tmp_path / "run"
+    )
+    assert again["eval/margin"] == summary["eval/margin"]
+    # The backbone is the base's.
+    saved = checkpoint.load_params(tmp_path / "run", specs_of(tmp_path / "run"))
+    before = checkpoint.load_params(base, specs_of(base))
+    for a, b in zip(
+        jax.tree.leaves(before), jax.tree.leaves({k: saved[k] for k in before}), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def specs_of(run):
+    from llm_jax import models
+
+    return models.family("decoder").specs(checkpoint.load_config(run).model)
+
+
+def test_splits_are_disjoint_and_tested_against_length(base, rows, tmp_path):
+    changes = {"reward.backbone": "features", "reward.splits": 4, "reward.l2": 0.01}
+    summary = reward_features.train(reward_config(base, rows, **changes), tmp_path)
+    assert summary["splits/pairs"] == 48 and summary["splits/accuracy"] == 1.0
+    assert summary["splits/accuracy of length"] == 0.5
+    with pytest.raises(ValueError, match=r"reward.splits=6 .* of the 60 prompts"):
+        reward_features.train(
+            reward_config(base, rows, **{**changes, "reward.splits": 6}), tmp_path / "more"
+        )
+
+
+@pytest.mark.parametrize("loss", ["hinge", "listwise", "regression"])
+def test_every_loss_learns(base, rows, tmp_path, loss):
+    changes = {"reward.backbone": "features", "reward.loss": loss, "reward.l2": 1e-3}
+    summary = reward_features.train(reward_config(base, rows, **changes), tmp_path)
+    assert summary["eval/pair_accuracy"] == 1.0
+
+
+def test_controlling_for_length_takes_length_out_of_the_reward(base, tmp_path):
+    """Half of the pairs are decided by length alone, and length goes with the preference."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(200):
+        better = "good" if i % 2 else "poor" if rng.random() < 0.5 else "good"
+        worse = "poor" if i % 2 else better
+        more = " so" * (int(rng.integers(1, 6)) if rng.random() < 0.8 else 0)
+        row = {"prompt": f"The cat {i}?", "chosen": f"{better}{more} x", "rejected": f"{worse} y"}
+        lines.append(json.dumps(row))
+    path = tmp_path / "long.jsonl"
+    path.write_text("\n".join(lines))
+    found = {}
+    for control in (False, True):
+        changes = {
+            "reward.backbone": "features",
+            "reward.l2": 0.03,
+            "reward.control_length": control,
+        }
+        cfg = reward_config(base, path, **changes)
+        found[control] = reward_features.train(cfg, tmp_path / str(control))
+    assert abs(found[True]["eval/length_correlation"]) < abs(
+        found[False]["eval/length_correlation"]
+    )
+    params = checkpoint.load_params(tmp_path / "True", specs_of(tmp_path / "True"))
+    assert params["reward"]["length"] > 0.1
+    params = checkpoint.load_params(tmp_path / "False", specs_of(tmp_path / "False"))
+    assert params["reward"]["length"] == 0
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"data.format": "text"}, "set data.format=preference"),
+        ({"eval.tasks": ("boolq",)}, "eval.tasks asks a language model"),
+        (
+            {"reward.loss": "listwise", "reward.label_smoothing": 0.1},
+            "reward.label_smoothing is for pairs",
+        ),
+        (
+            {"reward.loss": "hinge", "reward.margin": 1.0},
+            "reward.margin is for reward.loss=logistic",
+        ),
+    ],
+)
+def test_recipes_that_cannot_work(base, rows, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        reward_training.train(reward_config(base, rows, **changes), tmp_path)
+
+
+def test_features_of_a_tuned_backbone_are_refused(base, rows, tmp_path):
+    cfg = reward_config(base, rows, **{"reward.backbone": "features", "peft.method": "lora"})
+    with pytest.raises(ValueError, match=r"reward\.backbone=features"):
+        reward_features.train(cfg, tmp_path)
+
+
+def test_the_same_loss_on_every_mesh(base, rows, tmp_path):
+    """And with micro-batches, which hold unequal numbers of pairs."""
+    curves = {}
+    for name, changes in {
+        "one": {},
+        "fsdp": {"mesh.data": 2, "mesh.fsdp": 2},
+        "tensor": {"mesh.data": 1, "mesh.tensor": 2},
+        "micro": {"accumulation": 4},
+    }.items():
+        devices = {"one": 1, "micro": 1, "tensor": 2}.get(name, 4)
+        cfg = reward_config(base, rows, **{"steps": 6, "optimizer.learning_rate": 1e-3, **changes})
+        reward_training.train(cfg, tmp_path / name, devices=jax.devices()[:devices])
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
+        curves[name] = [line["loss"] for line in lines if "loss" in line]
+        assert not any("bad_steps" in line for line in lines)
+    for name, curve in curves.items():
+        np.testing.assert_allclose(curve, curves["one"], rtol=1e-5, err_msg=name)
