@@ -46,7 +46,7 @@ TRAIN = {
 
 
 def test_every_launch_file_is_tested_here():
-    assert FILES == sorted([*TRAIN, "restart.sh", "sweep.sbatch"])
+    assert FILES == sorted([*TRAIN, "preferences.sh", "restart.sh", "sweep.sbatch"])
 
 
 @pytest.mark.parametrize("name", FILES)

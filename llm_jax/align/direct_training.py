@@ -149,7 +149,7 @@ def make_task(cfg: TrainConfig, mesh: jax.sharding.Mesh, corpus: Comparisons, lo
         reference.check(second, path, cfg, corpus)
     if kind == "cached":
         # A run that goes on has to go on with the same reference.
-        loader.identity["reference"] = reference.keep(second, corpus, cfg, mesh)
+        loader.identity["reference"] = reference.keep(second, corpus, loader, cfg, mesh)
         second = None
     model, loss_fn = models.family(cfg.model.family), make_loss_fn(cfg, kind, second)
 

@@ -1,7 +1,7 @@
 """Log-probabilities under the reference model, computed once and kept beside the data.
 
-They are per token of the corpus, not per batch: each answer is scored once, whatever the order of
-training, the number of epochs and the packing are.
+They are per token of the corpus, not per batch: each answer that a run meets is scored once, whatever
+the order of training and the number of epochs are.
 """
 
 import hashlib
@@ -13,11 +13,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from llm_jax import models
+from llm_jax import models, sharding
 from llm_jax.config import ModelConfig, TrainConfig
 from llm_jax.data.comparisons import Comparisons
-from llm_jax.data.loader import eval_batches
-from llm_jax.data.packing import target_places
+from llm_jax.data.loader import Loader, eval_batches
+from llm_jax.data.packing import make_plan, target_places
 from llm_jax.data.progress import bar
 from llm_jax.data.tokens import Tokens
 from llm_jax.nn.params import fingerprint
@@ -45,25 +45,27 @@ def check(reference: Companion, path: str | Path, cfg: TrainConfig, corpus: Comp
 
 
 def keep(
-    reference: Companion, corpus: Comparisons, cfg: TrainConfig, mesh: jax.sharding.Mesh
+    reference: Companion,
+    corpus: Comparisons,
+    loader: Loader,
+    cfg: TrainConfig,
+    mesh: jax.sharding.Mesh,
 ) -> str:
-    """Fills in `ref_log_probs` of all of a corpus, from disk where they have been computed already;
-    returns the reference's fingerprint."""
+    """Fills in `ref_log_probs` of all that a run meets, from disk where they have been computed
+    already; returns the reference's fingerprint. They are not a number where a run does not come."""
     known = fingerprint(reference.params)
-    parts = [c.tokens for c in corpus.train]
+    met = loader.packed_rows()
+    parts = [(c.tokens, met[c.name]) for c in corpus.train]
     if corpus.evaluation is not None:
-        parts.append(corpus.evaluation)
-    for tokens in parts:
+        parts.append((corpus.evaluation, corpus.eval_batches(cfg).chosen))
+    for tokens, rows in parts:
         about = json.dumps([known, tokens.fingerprint(), cfg.length])
         name = hashlib.sha256(about.encode()).hexdigest()[:16]
         path = Path(corpus.directory) / f"reference-{name}.npy"
-        # Process 0 says whether it is there: then all compute it, or none does.
-        found = distributed.from_main("reference", lambda path=path: str(path.is_file()))
-        if found == "True":
-            tokens.ref_log_probs = np.load(path)
-            continue
-        tokens.ref_log_probs = log_probs(tokens, reference.params, reference.cfg, cfg, mesh)
-        if distributed.is_main():
+        # Process 0 says whether it is there: then all read it, or none does.
+        found = distributed.from_main("reference", lambda path=path: str(path.is_file())) == "True"
+        tokens.ref_log_probs = np.load(path) if found else np.full(tokens.total, np.nan, np.float32)
+        if log_probs(tokens, rows, reference, cfg, mesh) and distributed.is_main():
             partial_ = path.with_suffix(".partial.npy")
             np.save(partial_, tokens.ref_log_probs)
             os.replace(partial_, path)
@@ -71,34 +73,46 @@ def keep(
 
 
 def log_probs(
-    tokens: Tokens, params: PyTree, model: ModelConfig, cfg: TrainConfig, mesh: jax.sharding.Mesh
-) -> np.ndarray:
-    """float32 [total], nats: of each token that is trained given what stands before it; 0 elsewhere."""
+    tokens: Tokens,
+    rows: np.ndarray,
+    reference: Companion,
+    cfg: TrainConfig,
+    mesh: jax.sharding.Mesh,
+) -> int:
+    """Fills in, in nats, what `tokens.ref_log_probs` lacks of the given packed rows: of each token that
+    is trained given what stands before it. Returns how many rows it was."""
+    plan = make_plan(tokens, cfg.data.packing, cfg.length)
+    lacks = [
+        bool(np.isnan(tokens.ref_log_probs[places[places >= 0]]).any())
+        for places in (target_places(tokens, plan, rows[i : i + 1]) for i in range(len(rows)))
+    ]
+    rows = rows[np.array(lacks, bool)]
+    if not len(rows):
+        return 0
+    kept, tokens.ref_log_probs = tokens.ref_log_probs, None  # no part of these batches
     batches = eval_batches(
         tokens,
         length=cfg.length,
         batch_size=cfg.eval.batch_size or cfg.batch_size // cfg.accumulation,
         packing=cfg.data.packing,
         token_lengths=np.zeros(tokens.vocab_size, np.int32),
+        chosen=rows,
         **dict(zip(("blocks", "block_count"), distributed.row_blocks(mesh), strict=True)),
     )
-    out = np.zeros(tokens.total, np.float32)
     progress = bar("reference", len(batches), "batch")
     for i, batch in enumerate(batches):
-        rows = batches.chosen[i * batches.batch_size : (i + 1) * batches.batch_size]
-        places_BxL = target_places(tokens, batches.plan, rows)
-        width = batch.tokens.shape[1]
-        scored_BxL = np.asarray(_scores(params, put(batch, mesh), model))[: len(rows)]
-        here = places_BxL[:, :width] >= 0
-        out[places_BxL[:, :width][here]] = scored_BxL[here]
+        own = batches.chosen[i * batches.batch_size : (i + 1) * batches.batch_size]
+        places_BxL = target_places(tokens, batches.plan, own)[:, : batch.tokens.shape[1]]
+        scored_BxL = np.asarray(_scores(reference.params, put(batch, mesh), reference.cfg))
+        here = places_BxL >= 0
+        kept[places_BxL[here]] = scored_BxL[: len(own)][here]
         progress.update(1)
     progress.close()
-    return out
+    tokens.ref_log_probs = kept
+    return len(rows)
 
 
 @partial(jax.jit, static_argnames="cfg")
 def _scores(params: PyTree, batch: Batch, cfg: ModelConfig) -> Array:
-    from llm_jax import sharding
-
     scores = models.family(cfg.family).scores(params, batch, cfg, want=("log_probs",))
     return sharding.constrain(scores.log_probs, None, None)

@@ -69,6 +69,15 @@ class Loader:
             raise IndexError(f"step {step} is outside training's {self.steps} steps")
         return self._batches(step, step + 1)[0]
 
+    def packed_rows(self) -> dict[str, np.ndarray]:
+        """Of each source of packed documents, the rows of its plan that training meets, ascending."""
+        steps = [self._step(s) for s in range(self.steps)]
+        source_N = np.concatenate([source for source, _, _ in steps], axis=None)
+        row_N = np.concatenate([row for _, row, _ in steps], axis=None)
+        return {
+            stream.name: stream.met(row_N[source_N == i]) for i, stream in enumerate(self._streams)
+        }
+
     def iterate(self, start_step: int = 0) -> Iterator[Batch]:
         """`batch(start_step)`, ... to the last, made ahead of time in a background thread."""
         import grain
@@ -268,6 +277,15 @@ class _Stream:
         """Tokens of each of these rows where rows have one piece each ("pad", "bucket")."""
         return self._plan.sizes[self._places(numbers_B)]
 
+    def met(self, numbers_N: np.ndarray) -> np.ndarray:
+        """The rows of the plan that have these numbers, each once, ascending."""
+        blocks = np.split(
+            np.sort(numbers_N), np.flatnonzero(np.diff(np.sort(numbers_N) // BLOCK_ROWS)) + 1
+        )
+        return np.unique(
+            np.concatenate([self._places(b) for b in blocks if len(b)] or [[]])
+        ).astype(int)
+
     def _places(self, numbers_B: np.ndarray) -> np.ndarray:
         block_B = numbers_B // BLOCK_ROWS
         first = int(block_B.min())
@@ -327,6 +345,7 @@ def eval_batches(
     isolate_documents: bool = True,
     token_lengths: np.ndarray,
     rows: int = 0,
+    chosen: np.ndarray | None = None,
     blocks: Sequence[int] = (0,),
     block_count: int = 1,
 ) -> EvalBatches:
@@ -338,6 +357,7 @@ def eval_batches(
 
     Args:
       rows: this many rows only, evenly spaced over the text; 0: all.
+      chosen: numbers of the rows, in place of `rows`.
       blocks, block_count: as in `make_loader`; `batch_size` is that of all processes.
     """
     _check_tokens(tokens, "the held-out text", token_lengths, isolate_documents)
@@ -345,7 +365,8 @@ def eval_batches(
     windows = packing in ("split", "random")
     plan = None if windows else packing_.make_plan(tokens, packing, length)
     whole = -(-(tokens.total - 1) // length) if plan is None else len(plan)
-    chosen = np.arange(whole) if not 0 < rows < whole else np.arange(rows) * whole // rows
+    if chosen is None:
+        chosen = np.arange(whole) if not 0 < rows < whole else np.arange(rows) * whole // rows
     if packing == "bucket":
         chosen = chosen[np.argsort(plan.sizes[chosen], kind="stable")]
     lengths_V = np.asarray(token_lengths, np.int32)

@@ -57,17 +57,18 @@ def test_cached_log_probs_are_computed_once(base, rows, tmp_path, monkeypatch):
     from llm_jax.align import reference
 
     calls, real = [], reference.log_probs
-    monkeypatch.setattr(reference, "log_probs", lambda *a: calls.append(1) or real(*a))
-    cfg = dpo_config(base, rows, **{"steps": 2, "checkpoint.every": 1})
-    direct_training.train(cfg, tmp_path)
-    assert len(calls) == 2  # training and held-out data
-    again = dpo_config(base, rows, steps=3)
-    direct_training.train(again, tmp_path)
-    assert len(calls) == 2
+    monkeypatch.setattr(reference, "log_probs", lambda *a: calls.append(real(*a)) or calls[-1])
+    small = {"batch_size": 2,  "checkpoint.every": 1, "data.packing": "pad"}
+    cfg = dpo_config(base, rows, **{**small, "steps": 2})
+    direct_training.train(cfg, tmp_path, devices=jax.devices()[:1])
+    assert calls == [4, 12]  # the rows that training meets, of 48, and the held-out ones
+    again = dpo_config(base, rows, **{**small, "steps": 3})
+    direct_training.train(again, tmp_path, devices=jax.devices()[:1])
+    assert calls == [4, 12, 2, 0]
     other = make_base(tmp_path, seed=1)
-    wrong = dpo_config(base, rows, **{"steps": 4, "dpo.reference_path": str(other)})
+    wrong = dpo_config(base, rows, **{**small, "steps": 4, "dpo.reference_path": str(other)})
     with pytest.raises(ValueError, match="was trained with another reference"):
-        direct_training.train(wrong, tmp_path)
+        direct_training.train(wrong, tmp_path, devices=jax.devices()[:1])
 
 
 @pytest.mark.parametrize(
