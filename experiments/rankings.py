@@ -4,7 +4,7 @@
 
 Rankings and pairs are made up, by annotators whose noise is known; a linear reward is learned from
 them with the project's objectives and tested on true pairs. No data or model is needed. It takes two
-minutes on two cores; `--seeds=3 --comparisons=60,120` some seconds less than one. The end is
+to three minutes on two cores, and less than one with --seeds=3 --comparisons=60,120. The end is
 WORKDIR/results.json, with all numbers, and WORKDIR/report.md: what holds of each claim, accuracy
 against cost (plots/accuracy.png), and where the balance tips.
 """
