@@ -21,9 +21,9 @@ def main(argv: list[str]) -> None:
     cfg = _TRAINING.config()
 
     def train(workdir: str, **options) -> dict:
-        from llm_jax.align import direct_training
+        from llm_jax.align.direct import training
 
-        return direct_training.train(cfg, workdir, **options)
+        return training.train(cfg, workdir, **options)
 
     _TRAINING.run(cfg, train)
 

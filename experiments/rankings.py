@@ -54,9 +54,9 @@ def main(argv: list[str]) -> None:
         "fatigue": _numbers(_FATIGUE, float),
     }
 
-    from llm_jax.align import rankings, rankings_findings, rankings_report
+    from llm_jax.align.rankings import experiment, findings, report
 
-    experiment = rankings.Experiment(
+    settings = experiment.Experiment(
         **numbers,
         features=_FEATURES.value,
         nonlinear=_NONLINEAR.value,
@@ -64,9 +64,9 @@ def main(argv: list[str]) -> None:
         seeds=_SEEDS.value,
         seed=_SEED.value,
     )
-    result = rankings.run(experiment, log=lambda line: print(line, flush=True))
-    path = rankings_report.write(_WORKDIR.value, result)
-    print("\n".join(line.replace("**", "") for line in rankings_findings.lines(result)))
+    result = experiment.run(settings, log=lambda line: print(line, flush=True))
+    path = report.write(_WORKDIR.value, result)
+    print("\n".join(line.replace("**", "") for line in findings.lines(result)))
     print(f"report: {path}")
 
 

@@ -22,12 +22,12 @@ def main(argv: list[str]) -> None:
 
     def train(workdir: str, **options) -> dict:
         if cfg.reward.backbone == "features":
-            from llm_jax.align import reward_features
+            from llm_jax.align.reward import probe
 
-            return reward_features.train(cfg, workdir, **options)
-        from llm_jax.align import reward_training
+            return probe.train(cfg, workdir, **options)
+        from llm_jax.align.reward import training
 
-        return reward_training.train(cfg, workdir, **options)
+        return training.train(cfg, workdir, **options)
 
     cfg.model.head = "reward"
     _TRAINING.run(cfg, train)

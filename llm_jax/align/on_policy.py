@@ -17,7 +17,8 @@ import numpy as np
 
 from llm_jax import config as configs
 from llm_jax import report, sharding
-from llm_jax.align import direct_training, judges, policies, rollout
+from llm_jax.align import judges, policies, rollout
+from llm_jax.align.direct import training
 from llm_jax.align.judges import Judge
 from llm_jax.align.policies import Policy
 from llm_jax.align.win_rate import win_rate
@@ -66,11 +67,11 @@ def run(
 ) -> dict[str, Any]:
     """Runs the rounds that are missing in `workdir`; returns what each ended with.
 
-    `cfg` is a recipe of `direct_training` whose data is replaced by the rounds' own.
+    `cfg` is a recipe of `direct.training` whose data is replaced by the rounds' own.
 
     Raises:
       ValueError: too few prompts, a run with other settings in `workdir`, a judge that prefers no
-        answer to any other, and what `direct_training.train` raises.
+        answer to any other, and what `training.train` raises.
     """
     workdir = Path(workdir)
     need = options.held_out + options.prompts
@@ -80,7 +81,7 @@ def run(
             f"--prompts={options.prompts} of a round need {need}"
         )
     cfg.data.format = "preference"
-    direct_training.check(cfg)
+    training.check(cfg)
     workdir.mkdir(parents=True, exist_ok=True)
     start = cfg.checkpoint.init_from
     _same_settings(workdir, {**asdict(options), "judge": judged_by, "start": start})
@@ -182,10 +183,10 @@ def _optimise(
     if (
         options.reference == "start"
         and number > 1
-        and own.dpo.loss not in direct_training.WITHOUT_REFERENCE
+        and own.dpo.loss not in training.WITHOUT_REFERENCE
     ):
         own.dpo.reference_path = start
-    direct_training.train(own, folder)
+    training.train(own, folder)
 
 
 def _measured(

@@ -8,7 +8,7 @@ from llm_jax.config.base import Config, settings
 
 @settings
 class RewardConfig(Config):
-    """A reward model (llm_jax/align/reward_training.py)."""
+    """A reward model (llm_jax/align/reward)."""
 
     # logistic (Bradley-Terry) | hinge (margin ranking) | listwise (Plackett-Luce) | regression (of
     # the labels themselves)
@@ -30,7 +30,7 @@ class RewardConfig(Config):
 
 @settings
 class DirectConfig(Config):
-    """Direct preference optimisation (llm_jax/align/direct_training.py)."""
+    """Direct preference optimisation (llm_jax/align/direct)."""
 
     loss: str = "dpo"  # dpo | robust | ipo | hinge | kto | orpo | simpo
     beta: float = 0.1  # ipo: tau

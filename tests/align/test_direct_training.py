@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from preference_runs import base_config, make_base, preference_config, write_pairs
 
-from llm_jax.align import direct_training
+from llm_jax.align.direct import training
 from llm_jax.train.loop import train
 
 
@@ -40,7 +40,7 @@ def test_the_three_kinds_of_reference_are_one(base, rows, tmp_path):
     curves, summaries = {}, {}
     for kind in ("cached", "adapter", "model"):
         cfg = dpo_config(base, rows, **{**LORA, "dpo.reference": kind, "eval.at_start": True})
-        summaries[kind] = direct_training.train(cfg, tmp_path / kind)
+        summaries[kind] = training.train(cfg, tmp_path / kind)
         curves[kind] = curve(tmp_path / kind)
     assert curves["cached"][0] == pytest.approx(np.log(2), abs=1e-6)
     for kind in ("adapter", "model"):
@@ -54,21 +54,21 @@ def test_the_three_kinds_of_reference_are_one(base, rows, tmp_path):
 
 
 def test_cached_log_probs_are_computed_once(base, rows, tmp_path, monkeypatch):
-    from llm_jax.align import reference
+    from llm_jax.align.direct import reference
 
     calls, real = [], reference.log_probs
     monkeypatch.setattr(reference, "log_probs", lambda *a: calls.append(real(*a)) or calls[-1])
-    small = {"batch_size": 2,  "checkpoint.every": 1, "data.packing": "pad"}
+    small = {"batch_size": 2, "checkpoint.every": 1, "data.packing": "pad"}
     cfg = dpo_config(base, rows, **{**small, "steps": 2})
-    direct_training.train(cfg, tmp_path, devices=jax.devices()[:1])
+    training.train(cfg, tmp_path, devices=jax.devices()[:1])
     assert calls == [4, 12]  # the rows that training meets, of 48, and the held-out ones
     again = dpo_config(base, rows, **{**small, "steps": 3})
-    direct_training.train(again, tmp_path, devices=jax.devices()[:1])
+    training.train(again, tmp_path, devices=jax.devices()[:1])
     assert calls == [4, 12, 2, 0]
     other = make_base(tmp_path, seed=1)
     wrong = dpo_config(base, rows, **{**small, "steps": 4, "dpo.reference_path": str(other)})
     with pytest.raises(ValueError, match="was trained with another reference"):
-        direct_training.train(wrong, tmp_path, devices=jax.devices()[:1])
+        training.train(wrong, tmp_path, devices=jax.devices()[:1])
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_cached_log_probs_are_computed_once(base, rows, tmp_path, monkeypatch):
 )
 def test_every_loss_of_pairs_learns_what_is_preferred(base, rows, tmp_path, changes):
     cfg = dpo_config(base, rows, **{**LORA, **changes, "steps": 8, "eval.at_start": True})
-    summary = direct_training.train(cfg, tmp_path)
+    summary = training.train(cfg, tmp_path)
     assert summary["eval/pair_accuracy"] == 1.0
     assert summary["eval_loss"] < summary["eval_loss_at_start"]
     assert summary["reference"] == ("none" if cfg.dpo.loss in ("orpo", "simpo") else "adapter")
@@ -104,7 +104,7 @@ def test_kto_learns_from_single_answers(base, tmp_path):
     ]
     path.write_text("\n".join(lines))
     cfg = dpo_config(base, path, **{**LORA, "dpo.loss": "kto", "steps": 12, "eval.at_start": True})
-    summary = direct_training.train(cfg, tmp_path / "run")
+    summary = training.train(cfg, tmp_path / "run")
     assert summary["eval_loss_at_start"] == pytest.approx(0.5, abs=1e-6)
     assert summary["eval/desirable_reward"] > summary["eval/undesirable_reward"] + 0.2
 
@@ -119,7 +119,7 @@ def test_the_same_loss_on_every_mesh(base, rows, tmp_path):
         "micro": (1, {"accumulation": 4}),
     }.items():
         cfg = dpo_config(base, rows, **{"optimizer.learning_rate": 1e-3, **changes})
-        direct_training.train(cfg, tmp_path / name, devices=jax.devices()[:devices])
+        training.train(cfg, tmp_path / name, devices=jax.devices()[:devices])
         curves[name] = curve(tmp_path / name)
     for name, found in curves.items():
         np.testing.assert_allclose(found, curves["one"], rtol=1e-5, err_msg=name)
@@ -137,7 +137,7 @@ def test_a_shared_prompt_gives_the_loss_of_copies(base, tmp_path):
             "length": 192,
         }
         cfg = dpo_config(base, rows, **{**changes, "steps": 4, "optimizer.learning_rate": 1e-3})
-        direct_training.train(cfg, tmp_path / str(shared))
+        training.train(cfg, tmp_path / str(shared))
         losses[shared] = curve(tmp_path / str(shared))
     np.testing.assert_allclose(losses[True], losses[False], rtol=1e-5)
 
@@ -145,11 +145,11 @@ def test_a_shared_prompt_gives_the_loss_of_copies(base, tmp_path):
 def test_its_own_answers_tell_how_far_it_moved(base, rows, tmp_path):
     changes = {**LORA, "dpo.sample_prompts": 4, "dpo.sample_tokens": 12}
     still = dpo_config(base, rows, **{**changes, "optimizer.learning_rate": 0.0, "steps": 1})
-    summary = direct_training.train(still, tmp_path / "still")
+    summary = training.train(still, tmp_path / "still")
     assert summary["kl"] == pytest.approx(0.0, abs=1e-3)
     assert summary["generated_tokens"] == summary["generated_tokens_before"]
     moved = dpo_config(base, rows, **{**changes, "steps": 12})
-    assert direct_training.train(moved, tmp_path / "moved")["kl"] > 0.1
+    assert training.train(moved, tmp_path / "moved")["kl"] > 0.1
     report = (tmp_path / "moved/report.md").read_text()
     assert "## Answers of its own" in report and "[after]" in report
 
@@ -174,7 +174,7 @@ def test_its_own_answers_tell_how_far_it_moved(base, rows, tmp_path):
 )
 def test_recipes_that_cannot_work(base, rows, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as error:
-        direct_training.train(dpo_config(base, rows, **changes), tmp_path)
+        training.train(dpo_config(base, rows, **changes), tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -188,7 +188,7 @@ def test_a_reference_with_another_vocabulary_is_named(base, rows, tmp_path):
         path = str(tmp_path / "other")
         cfg = dpo_config(base, rows, **{"dpo.reference": kind, "dpo.reference_path": path})
         with pytest.raises(ValueError, match="has another vocabulary") as error:
-            direct_training.train(cfg, tmp_path / kind)
+            training.train(cfg, tmp_path / kind)
         assert "dpo.reference_path" in str(error.value)
 
 
@@ -196,4 +196,4 @@ def test_nothing_to_start_from_is_named(base, rows, tmp_path):
     cfg = dpo_config(base, rows)
     cfg.checkpoint.init_from = ""
     with pytest.raises(ValueError, match="--init_from is needed"):
-        direct_training.train(cfg, tmp_path)
+        training.train(cfg, tmp_path)

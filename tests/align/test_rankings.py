@@ -12,9 +12,10 @@ import pytest
 from runs import run_binary
 from scipy import stats
 
-from llm_jax.align import rankings, rankings_data, rankings_findings, rankings_report
-from llm_jax.align.rankings import METHODS, Experiment
-from llm_jax.align.rankings_data import GUMBEL_STD, Annotator, World
+from llm_jax.align.rankings import data as annotators
+from llm_jax.align.rankings import experiment, findings, report
+from llm_jax.align.rankings.data import GUMBEL_STD, Annotator, World
+from llm_jax.align.rankings.experiment import METHODS, Experiment
 from llm_jax.objectives import preference
 from llm_jax.types import Scores
 
@@ -24,9 +25,9 @@ PER_PROMPT = METHODS["implied_per_prompt"]
 
 def made(annotator=Annotator(), answers=(4,), prompts=50, features=5, judged=False, seed=0):  # noqa: B008
     """(world, rankings, which answers are real) of one seed."""
-    world = World.draw(np.random.default_rng([seed, 0, rankings_data.WORLD]), features)
-    real_RxA = rankings_data.real_answers(answers, prompts)
-    data = rankings_data.annotated((seed, 0), world, real_RxA, annotator, judged=judged)
+    world = World.draw(np.random.default_rng([seed, 0, annotators.WORLD]), features)
+    real_RxA = annotators.real_answers(answers, prompts)
+    data = annotators.annotated((seed, 0), world, real_RxA, annotator, judged=judged)
     return world, data, jnp.ones_like(data.labels_RxA) if judged else jnp.asarray(real_RxA)
 
 
@@ -34,16 +35,16 @@ def made(annotator=Annotator(), answers=(4,), prompts=50, features=5, judged=Fal
 
 
 def test_what_annotations_cost():
-    assert [rankings_data.comparisons_of(n) for n in range(2, 9)] == [1, 3, 5, 7, 10, 13, 16]
-    assert rankings_data.bits_of(4) == pytest.approx(4.585, abs=1e-3)
-    assert rankings_data.cost((4,)) == (1, 5, 4)
-    assert rankings_data.cost((4,), judged=True) == (6, 6, 12)
-    assert rankings_data.cost((2,)) == rankings_data.cost((2,), judged=True)  # a pair is a ranking
-    assert rankings_data.cost((2, 4, 8)).comparisons == pytest.approx((1 + 5 + 16) / 3)
+    assert [annotators.comparisons_of(n) for n in range(2, 9)] == [1, 3, 5, 7, 10, 13, 16]
+    assert annotators.bits_of(4) == pytest.approx(4.585, abs=1e-3)
+    assert annotators.cost((4,)) == (1, 5, 4)
+    assert annotators.cost((4,), judged=True) == (6, 6, 12)
+    assert annotators.cost((2,)) == annotators.cost((2,), judged=True)  # a pair is a ranking
+    assert annotators.cost((2, 4, 8)).comparisons == pytest.approx((1 + 5 + 16) / 3)
 
 
 def test_what_a_budget_buys():
-    buy = rankings_data.prompts_for
+    buy = annotators.prompts_for
     assert buy(480, (4,)) == 96 and buy(480, (2,)) == 480 and buy(480, (8,)) == 30
     assert buy(479, (4,)) == 95  # what is left over buys nothing
     assert buy(480, (4,), judged=True) == 80  # not 96: six pairs, not five comparisons
@@ -58,7 +59,7 @@ def frequencies(annotator, r=(0.0, 0.4, 1.0), draws=30_000):
     """{order from the best: how often} of three answers."""
     rng = np.random.default_rng(3)
     r_RxA = np.tile(np.array(r), (draws, 1))
-    labels, _ = rankings_data.annotate(rng, r_RxA, np.ones_like(r_RxA), annotator)
+    labels, _ = annotators.annotate(rng, r_RxA, np.ones_like(r_RxA), annotator)
     orders = np.argsort(-labels, axis=1)
     return {p: int((orders == p).all(axis=1).sum()) for p in itertools.permutations(range(3))}
 
@@ -88,7 +89,7 @@ def test_gumbel_rankings_are_plackett_luces():
 
 def test_gaussian_pairs_are_thurstones():
     r_RxA = np.tile([1.0, 0.0], (20_000, 1))
-    labels, _ = rankings_data.annotate(
+    labels, _ = annotators.annotate(
         np.random.default_rng(0), r_RxA, np.ones_like(r_RxA), Annotator("gaussian", 0.7)
     )
     # Noise on both answers: sqrt(2) * 0.7; of one alone it would be 0.923.
@@ -125,7 +126,7 @@ def test_judged_pairs_are_of_the_same_answers_and_independent():
 def test_worlds_answers_and_noise_are_different_streams():
     # NumPy drops zeros at the end of a seed: streams 0 would all be one.
     world, data, _ = made()
-    w = np.random.default_rng([0, 0, rankings_data.WORLD]).normal(size=3)
+    w = np.random.default_rng([0, 0, annotators.WORLD]).normal(size=3)
     assert not np.allclose(w, data.x_RxAxD[0, 0, :3], atol=0.1)
     x = np.random.default_rng(1).normal(size=(20_000, 5))
     assert np.std(world.reward(x)) == pytest.approx(1, abs=0.03)
@@ -142,7 +143,7 @@ def test_worlds_answers_and_noise_are_different_streams():
 @pytest.mark.parametrize("name", ["listwise", "implied"])
 def test_much_quiet_data_gives_the_true_reward(name):
     world, data, real = made(Annotator(noise=0.05), prompts=300)
-    w_ZxD = rankings.fit(METHODS[name], data.x_RxAxD, data.labels_RxA, real)
+    w_ZxD = experiment.fit(METHODS[name], data.x_RxAxD, data.labels_RxA, real)
     ahead_NxD = np.random.default_rng(5).normal(size=(4000, 5))
     truth_N = ahead_NxD @ world.linear_D > 0
     # Labels that count places from the best would give 0.01.
@@ -152,7 +153,7 @@ def test_much_quiet_data_gives_the_true_reward(name):
 @functools.partial(jax.jit, static_argnames=("method", "order"))
 def derivatives(method, w_D, x_RxAxD, labels_RxA, real_RxA, order=0):
     """[value, gradient, Hessian][: order + 1] of the objective."""
-    batch = rankings.batch_of(labels_RxA, real_RxA)
+    batch = experiment.batch_of(labels_RxA, real_RxA)
 
     def loss(w_D):
         options = {"loss": method.loss, "per_prompt": method.per_prompt}
@@ -185,7 +186,7 @@ def test_prompts_of_one_size_weigh_alike_either_way():
 )
 def test_derivatives_are_those_of_the_objective(method):
     _, data, real = made(answers=(2, 4, 3), prompts=30)
-    pull = lambda x, labels: rankings.pull(method, W, x, rankings.batch_of(labels, real))  # noqa: E731
+    pull = lambda x, labels: experiment.pull(method, W, x, experiment.batch_of(labels, real))  # noqa: E731
     found = jax.jit(pull)(*data[:2])
     _, gradient, hessian = derivatives(method, W, *data[:2], real, 2)
     np.testing.assert_allclose(found.gradient_RxD.sum(axis=0), gradient, atol=1e-5)
@@ -195,24 +196,24 @@ def test_derivatives_are_those_of_the_objective(method):
 def test_fits_are_optima_and_rows_beyond_a_budget_do_not_count():
     _, data, real = made(Annotator(noise=0.3), prompts=40)
     labels_SxKxRxA = jnp.asarray(data.labels_RxA)[None, None]
-    found = rankings.fit_all(
+    found = experiment.fit_all(
         LISTWISE, data.x_RxAxD[None], labels_SxKxRxA, real, jnp.array([12, 40])
     )
-    assert found.shape == (2, 1, 1, len(rankings.L2), 5)
+    assert found.shape == (2, 1, 1, len(experiment.L2), 5)
     for w_ZxD, rows in ((found[0, 0, 0], 12), (found[1, 0, 0], 40)):
-        for w_D, l2 in zip(w_ZxD, rankings.L2, strict=True):
+        for w_D, l2 in zip(w_ZxD, experiment.L2, strict=True):
             part = (v[:rows] for v in (*data[:2], real))
             gradient = derivatives(LISTWISE, w_D, *part, 1)[1]
             assert np.linalg.norm(gradient + np.array(l2 * w_D)) < 1e-4
 
 
 def test_pairs_are_counted_right_and_apart_from_those_of_tuning():
-    ahead = np.ones((1, rankings.TUNING_PAIRS + 10, 1), np.float32)
-    first = np.ones((1, rankings.TUNING_PAIRS + 10), bool)
+    ahead = np.ones((1, experiment.TUNING_PAIRS + 10, 1), np.float32)
+    first = np.ones((1, experiment.TUNING_PAIRS + 10), bool)
     first[0, -3:] = False
     w = np.array([2.0, -1.0]).reshape(1, 1, 1, 2, 1)  # the second is wrong about every pair
-    tuning, test = rankings.count_right(w, ahead, first)
-    assert tuning.ravel().tolist() == [rankings.TUNING_PAIRS, 0]
+    tuning, test = experiment.count_right(w, ahead, first)
+    assert tuning.ravel().tolist() == [experiment.TUNING_PAIRS, 0]
     assert test.ravel().tolist() == [7, 3]
 
 
@@ -221,8 +222,8 @@ def test_careless_rankings_pull_harder():
     w_1x1xD = jnp.asarray(world.linear_D * GUMBEL_STD / 0.3, jnp.float32)[None, None]
 
     def stability(careless_R):
-        one = rankings_data.Rankings(data.x_RxAxD[None], data.labels_RxA[None, None], careless_R)
-        return rankings.stabilities(IMPLIED, w_1x1xD, one, real)
+        one = annotators.Rankings(data.x_RxAxD[None], data.labels_RxA[None, None], careless_R)
+        return experiment.stabilities(IMPLIED, w_1x1xD, one, real)
 
     found = stability(data.careless_R[None, None])
     assert found.outlier > 1.5 and found.condition > 1 and found.spread > 0.1
@@ -238,9 +239,9 @@ TINY = Experiment(
 
 
 def test_a_run_and_its_report(tmp_path):
-    result = rankings.run(TINY)
+    result = experiment.run(TINY)
     runs = {
-        (tuple(r["answers"]), r["method"], rankings_findings.in_words(r["annotator"])): r
+        (tuple(r["answers"]), r["method"], findings.in_words(r["annotator"])): r
         for r in result["runs"]
     }
     assert len(runs) == len(result["runs"]) == 3 + 4 + 4 + 3 + 3 * 4
@@ -252,12 +253,12 @@ def test_a_run_and_its_report(tmp_path):
     one = runs[(3,), "listwise", "gumbel noise 0.5, 40% careless"]
     assert np.shape(one["right"]) == (2, 2) and len(one["spread"]) == 2
     assert "spread" not in runs[(3,), "listwise", "gumbel noise 0.5, fatigue 1"]
-    rankings_report.write(tmp_path, result)
+    report.write(tmp_path, result)
     text = (tmp_path / "report.md").read_text()
     assert "| 8 | 40,320 | 28 | 15.30 | 16 |" in text and "Holds here" in text
     assert (tmp_path / "plots/accuracy.png").stat().st_size > 5_000
     stored = json.loads((tmp_path / "results.json").read_text())
-    assert rankings_findings.lines(stored) == rankings_findings.lines(result)
+    assert findings.lines(stored) == findings.lines(result)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +276,7 @@ def test_a_run_and_its_report(tmp_path):
 )
 def test_what_cannot_be_run_names_the_flag(changes, words):
     with pytest.raises(ValueError, match=words):
-        rankings.check(Experiment(**changes))
+        experiment.check(Experiment(**changes))
 
 
 def test_words_are_no_numbers(tmp_path):
@@ -291,9 +292,9 @@ def invented(pairs=0.9, listwise=0.9, implied=0.9, judged=0.9, tired=0.0, outlie
     e = Experiment(noise=(0.5, 1.0), careless=(0.2,), fatigue=(1.0,), seeds=5)
     by_method = {"listwise": listwise, "implied": implied, "judged": judged}
     by_method["implied_per_prompt"] = implied
-    lab, runs = rankings.Lab(e), []
+    lab, runs = experiment.Lab(e), []
     for answers in e.designs():
-        for name in rankings.methods_for(answers):
+        for name in experiment.methods_for(answers):
             is_judged = METHODS[name].judged
             prompts = lab.prompts(answers, judged=is_judged)
             for annotator in e.annotators((2,) if is_judged else answers):
@@ -313,7 +314,7 @@ def invented(pairs=0.9, listwise=0.9, implied=0.9, judged=0.9, tired=0.0, outlie
 
 
 def claim(result, words):
-    (line,) = [line for line in rankings_findings.lines(result) if words in line]
+    (line,) = [line for line in findings.lines(result) if words in line]
     return line.split("** ")[1]
 
 
@@ -338,23 +339,23 @@ def test_stability_follows_the_numbers():
 
 
 def test_where_the_balance_tips():
-    f = rankings_findings.Findings(invented(pairs=0.88, listwise=0.91, tired=0.12))
+    f = findings.Findings(invented(pairs=0.88, listwise=0.91, tired=0.12))
     # Three points behind at 0, nine ahead at 1.
-    assert rankings_findings.tipping(f, 4, "comparisons") == "from about 0.25 on"
-    f = rankings_findings.Findings(invented(pairs=0.88, listwise=0.92, tired=0.01))
-    assert rankings_findings.tipping(f, 4, "comparisons") == "not up to 1"
-    f = rankings_findings.Findings(invented(pairs=0.93, listwise=0.92))
-    assert rankings_findings.tipping(f, 4, "answers_read") == "without any"
+    assert findings.tipping(f, 4, "comparisons") == "from about 0.25 on"
+    f = findings.Findings(invented(pairs=0.88, listwise=0.92, tired=0.01))
+    assert findings.tipping(f, 4, "comparisons") == "not up to 1"
+    f = findings.Findings(invented(pairs=0.93, listwise=0.92))
+    assert findings.tipping(f, 4, "answers_read") == "without any"
 
 
 def test_intervals():
-    found = rankings_findings.estimate([1.0, 2.0, 3.0])
+    found = findings.estimate([1.0, 2.0, 3.0])
     # Student's with 2 degrees of freedom; 1.96 standard errors would be 1.13.
     assert found.high - found.mean == pytest.approx(4.3027 / math.sqrt(3), rel=1e-3)
-    assert found.sign == 0 and rankings_findings.estimate([1.0, 1.1, 1.2]).sign == 1
-    minus = rankings_findings.estimate([-1.0, -1.1, -1.2])
+    assert found.sign == 0 and findings.estimate([1.0, 1.1, 1.2]).sign == 1
+    minus = findings.estimate([-1.0, -1.1, -1.2])
     assert minus.sign == -1 and minus.negated().low == pytest.approx(-minus.high)
     rng = np.random.default_rng(0)
     a, b = 3 * rng.normal(size=200), rng.normal(size=200)
-    ratio = rankings_findings.ratio_of_spreads(a, b)
+    ratio = findings.ratio_of_spreads(a, b)
     assert ratio.low < 3 < ratio.high and ratio.low > 1

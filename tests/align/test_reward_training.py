@@ -8,7 +8,8 @@ import pytest
 from preference_runs import make_base, preference_config, write_pairs
 
 import llm_jax
-from llm_jax.align import reward_features, reward_training, rewards
+from llm_jax.align import rewards
+from llm_jax.align.reward import probe, training
 from llm_jax.train import checkpoint
 
 
@@ -41,7 +42,7 @@ def held_out_scores(run, rows):
 @pytest.fixture(scope="module")
 def tuned(base, rows, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("tuned")
-    return workdir, reward_training.train(reward_config(base, rows), workdir)
+    return workdir, training.train(reward_config(base, rows), workdir)
 
 
 def test_a_tuned_model_learns_what_is_preferred(tuned):
@@ -80,7 +81,7 @@ def test_a_reward_model_writes_no_text(tuned, base):
 
 def test_a_lora_with_its_head_is_all_that_is_saved(base, rows, tmp_path):
     changes = {"peft.method": "lora", "peft.rank": 4, "steps": 20}
-    summary = reward_training.train(reward_config(base, rows, **changes), tmp_path / "run")
+    summary = training.train(reward_config(base, rows, **changes), tmp_path / "run")
     assert summary["eval/pair_accuracy"] == 1.0
     saved = checkpoint._metadata(*checkpoint.locate(tmp_path / "run"))
     names = {name.split("/")[-1] for name in configs_flat(saved)}
@@ -97,16 +98,16 @@ def configs_flat(tree):
 
 def test_features_are_computed_once_and_fit_a_head(base, rows, tmp_path, monkeypatch):
     cfg = reward_config(base, rows, **{"reward.backbone": "features"})
-    summary = reward_features.train(cfg, tmp_path / "run")
+    summary = probe.train(cfg, tmp_path / "run")
     assert summary["eval/pair_accuracy"] == 1.0 and summary["params_trained"] == 33
     chosen, rejected = held_out_scores(tmp_path / "run", rows)
     assert float(np.mean(chosen - rejected)) == pytest.approx(summary["eval/margin"], rel=1e-3)
-    from llm_jax.align import features
+    from llm_jax.align.reward import features
 
     (tmp_path / "run/summary.json").unlink()
     (tmp_path / "run/checkpoints").rename(tmp_path / "gone")
     monkeypatch.setattr(features, "features", None)  # another look at the model would fail
-    again = reward_features.train(
+    again = probe.train(
         reward_config(base, rows, **{"reward.backbone": "features"}), tmp_path / "run"
     )
     assert again["eval/margin"] == summary["eval/margin"]
@@ -127,19 +128,17 @@ def specs_of(run):
 
 def test_splits_are_disjoint_and_tested_against_length(base, rows, tmp_path):
     changes = {"reward.backbone": "features", "reward.splits": 4, "reward.l2": 0.01}
-    summary = reward_features.train(reward_config(base, rows, **changes), tmp_path)
+    summary = probe.train(reward_config(base, rows, **changes), tmp_path)
     assert summary["splits/pairs"] == 48 and summary["splits/accuracy"] == 1.0
     assert summary["splits/accuracy of length"] == 0.5
     with pytest.raises(ValueError, match=r"reward.splits=6 .* of the 60 prompts"):
-        reward_features.train(
-            reward_config(base, rows, **{**changes, "reward.splits": 6}), tmp_path / "more"
-        )
+        probe.train(reward_config(base, rows, **{**changes, "reward.splits": 6}), tmp_path / "more")
 
 
 @pytest.mark.parametrize("loss", ["hinge", "listwise", "regression"])
 def test_every_loss_learns(base, rows, tmp_path, loss):
     changes = {"reward.backbone": "features", "reward.loss": loss, "reward.l2": 1e-3}
-    summary = reward_features.train(reward_config(base, rows, **changes), tmp_path)
+    summary = probe.train(reward_config(base, rows, **changes), tmp_path)
     assert summary["eval/pair_accuracy"] == 1.0
 
 
@@ -163,7 +162,7 @@ def test_controlling_for_length_takes_length_out_of_the_reward(base, tmp_path):
             "reward.control_length": control,
         }
         cfg = reward_config(base, path, **changes)
-        found[control] = reward_features.train(cfg, tmp_path / str(control))
+        found[control] = probe.train(cfg, tmp_path / str(control))
     assert abs(found[True]["eval/length_correlation"]) < abs(
         found[False]["eval/length_correlation"]
     )
@@ -190,13 +189,13 @@ def test_controlling_for_length_takes_length_out_of_the_reward(base, tmp_path):
 )
 def test_recipes_that_cannot_work(base, rows, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        reward_training.train(reward_config(base, rows, **changes), tmp_path)
+        training.train(reward_config(base, rows, **changes), tmp_path)
 
 
 def test_features_of_a_tuned_backbone_are_refused(base, rows, tmp_path):
     cfg = reward_config(base, rows, **{"reward.backbone": "features", "peft.method": "lora"})
     with pytest.raises(ValueError, match=r"reward\.backbone=features"):
-        reward_features.train(cfg, tmp_path)
+        probe.train(cfg, tmp_path)
 
 
 def test_the_same_loss_on_every_mesh(base, rows, tmp_path):
@@ -210,7 +209,7 @@ def test_the_same_loss_on_every_mesh(base, rows, tmp_path):
     }.items():
         devices = {"one": 1, "micro": 1, "tensor": 2}.get(name, 4)
         cfg = reward_config(base, rows, **{"steps": 6, "optimizer.learning_rate": 1e-3, **changes})
-        reward_training.train(cfg, tmp_path / name, devices=jax.devices()[:devices])
+        training.train(cfg, tmp_path / name, devices=jax.devices()[:devices])
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
         curves[name] = [line["loss"] for line in lines if "loss" in line]
         assert not any("bad_steps" in line for line in lines)

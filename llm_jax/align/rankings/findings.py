@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from llm_jax.align.rankings_data import KINDS, pairs_of, prompts_for
+from llm_jax.align.rankings.data import KINDS, pairs_of, prompts_for
 
 BOTH = ("listwise", "implied")
 STABILITY = ("spread", "outlier", "condition")

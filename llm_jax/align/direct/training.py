@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax import models
-from llm_jax.align import generated, reference
+from llm_jax.align.direct import generated, reference
 from llm_jax.align.held_out import HeldOut, summary_rows
 from llm_jax.config import TrainConfig
 from llm_jax.data.comparisons import Comparisons

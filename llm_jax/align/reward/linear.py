@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import optimize
 
-from llm_jax.align.features import Answers
 from llm_jax.align.judgements import Judged
-from llm_jax.align.reward_training import objective
+from llm_jax.align.reward.features import Answers
+from llm_jax.align.reward.training import objective
 from llm_jax.config import TrainConfig
 from llm_jax.types import Array, Batch, Scores
 

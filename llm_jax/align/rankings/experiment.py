@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.align.rankings_data import (
+from llm_jax.align.rankings.data import (
     GUMBEL_STD,
     KINDS,
     WORLD,

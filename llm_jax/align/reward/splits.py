@@ -9,8 +9,8 @@ from scipy import stats
 from llm_jax import config as configs
 from llm_jax import report
 from llm_jax.align import judgements
-from llm_jax.align.features import Answers
-from llm_jax.align.linear_reward import Head, choose, fit, held_out_loss, judged
+from llm_jax.align.reward.features import Answers
+from llm_jax.align.reward.linear import Head, choose, fit, held_out_loss, judged
 from llm_jax.config import TrainConfig
 from llm_jax.eval.uncertainty import mcnemar
 

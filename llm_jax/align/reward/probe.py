@@ -10,11 +10,12 @@ import jax.numpy as jnp
 
 from llm_jax import config as configs
 from llm_jax import models, report, sharding
-from llm_jax.align import judgements, reward_splits
-from llm_jax.align.features import answers_of, joined, kept_features
+from llm_jax.align import judgements
 from llm_jax.align.held_out import summary_rows
-from llm_jax.align.linear_reward import FOLDS, Head, choose, fit, held_out_loss, judged
-from llm_jax.align.reward_training import check
+from llm_jax.align.reward import splits
+from llm_jax.align.reward.features import answers_of, joined, kept_features
+from llm_jax.align.reward.linear import FOLDS, Head, choose, fit, held_out_loss, judged
+from llm_jax.align.reward.training import check
 from llm_jax.config import TrainConfig
 from llm_jax.data.comparisons import Comparisons
 from llm_jax.eval.output import write_json
@@ -109,7 +110,7 @@ def _fitted(
     ]
     answers = rows[0] if len(rows) == 1 else joined(rows)
     if cfg.reward.splits:
-        return reward_splits.compare(answers, cfg)
+        return splits.compare(answers, cfg)
     l2, tried = (cfg.reward.l2, []) if cfg.reward.l2 else choose(answers, cfg)
     head = fit(answers, cfg, l2)
     shorter = corpus.parts()[0]["shorter preferred"] >= 0.5

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from llm_jax import plots, report
-from llm_jax.align.rankings_data import bits_of, comparisons_of, pairs_of, prompts_for
-from llm_jax.align.rankings_findings import (
+from llm_jax.align.rankings.data import bits_of, comparisons_of, pairs_of, prompts_for
+from llm_jax.align.rankings.findings import (
     BOTH,
     PAIRS,
     UNITS,

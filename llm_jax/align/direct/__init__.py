@@ -1,0 +1,1 @@
+"""Direct preference optimisation: the run (`training`), its `reference`, its answers (`generated`)."""

@@ -1,0 +1,1 @@
+"""Training reward models: `training` (tuned), `probe` (a head on features that are kept)."""
