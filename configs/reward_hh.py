@@ -14,6 +14,7 @@ from llm_jax.config import (
     DialogueConfig,
     EvalConfig,
     LogConfig,
+    ModelConfig,
     OptimizerConfig,
     RewardConfig,
     TrainConfig,
@@ -26,6 +27,7 @@ def get_config() -> TrainConfig:
         epochs=1,
         batch_size=8,
         length=512,
+        model=ModelConfig(head="reward"),
         optimizer=OptimizerConfig(
             learning_rate=1e-4, warmup_steps=10, schedule="linear", b2=0.98, weight_decay=0.0
         ),

@@ -10,6 +10,8 @@ from jax.sharding import AbstractMesh, AxisType
 
 from llm_jax import config as configs
 from llm_jax import sharding
+from llm_jax.align.direct import training as direct
+from llm_jax.align.reward import training as reward
 from llm_jax.scaling.sweep.config import SweepConfig, validate_sweep
 from llm_jax.scaling.sweep.grid import run_config, trunks
 from llm_jax.train.program import lower
@@ -40,6 +42,15 @@ def largest_run(sweep: SweepConfig) -> configs.TrainConfig:
     return run
 
 
+def loss_of(cfg: configs.TrainConfig):
+    """What the recipe's own binary trains on; None: the likelihood."""
+    if cfg.data.format != "preference":
+        return None
+    if cfg.model.head == "reward":
+        return reward.make_loss_fn(cfg)
+    return direct.make_loss_fn(cfg, direct.resolve_reference(cfg))
+
+
 def abstract_mesh(cfg: configs.MeshConfig) -> AbstractMesh:
     shape = sharding.mesh_shape(cfg, 8)
     return AbstractMesh(shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
@@ -60,7 +71,7 @@ def test_recipe_lowers_on_eight_devices(path):
     )
     configs.validate(cfg)
     configs.freeze(cfg)
-    lowered = lower(cfg, abstract_mesh(cfg.mesh))
+    lowered = lower(cfg, abstract_mesh(cfg.mesh), loss_fn=loss_of(cfg))
     assert "stablehlo.while" in lowered.as_text()
     shapes = jax.tree.leaves(lowered.out_info)
     m = cfg.model

@@ -28,7 +28,9 @@ def run_notebook(name: str, workdir: Path, monkeypatch) -> tuple[str, int]:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_no_outputs_are_committed(path: Path):
     assert not any(cell.get("outputs") for cell in nbformat.read(path, as_version=4).cells)
-    assert path.stem in ("quickstart", "scaling", "tuning"), f"{path.name} has no test here"
+    assert path.stem in ("preferences", "quickstart", "scaling", "tuning"), (
+        f"{path.name} has no test here"
+    )
 
 
 def test_quickstart(tmp_path, monkeypatch):
@@ -59,3 +61,13 @@ def test_tuning(tmp_path, monkeypatch):
     assert "lora   answers" in printed and "answer:" in printed
     assert printed.split("answer:")[1].split("merged:")[0].strip() in printed.split("merged:")[1]
     assert images == 1
+
+
+def test_preferences(tmp_path, monkeypatch):
+    printed, images = run_notebook("preferences.ipynb", tmp_path / "run", monkeypatch)
+    assert (
+        "pairs, 0 rejected" in printed
+        and "reward: accuracy" in printed
+        and "dpo: accuracy" in printed
+    )
+    assert "best of 4" in printed and images == 2

@@ -45,6 +45,13 @@ def test_commands_run_in_order(folder):
             args = [a.replace("runs/quickstart", "runs/smoke") for a in args]
             args += ["--config.steps=8", "--config.optimizer.warmup_steps=0"]
             args += ["--config.eval.rows=16", "--config.eval.sample_tokens=8"]
+        if "experiments.reward" in command or "experiments.dpo" in command:
+            args += ["--config.steps=4", "--config.optimizer.warmup_steps=0", "--config.eval.rows=8"]
+            args += ["--config.batch_size=4"]
+        if "experiments.dpo" in command:
+            args += ["--config.dpo.sample_prompts=2", "--config.eval.sample_tokens=8"]
+        if "experiments.best_of_n" in command:
+            args += ["--prompts=2", "--n=2", "--max_new_tokens=8", "--answers=1"]
         if "experiments.sweep" in command:  # half an hour; its grid, and a table that it would make
             args += ["--dry_run"]
         done = subprocess.run(

@@ -216,6 +216,15 @@ def abstract_batch(cfg: TrainConfig, mesh: Mesh) -> Batch:
         weights=leaf(jnp.float32),
         bytes=leaf(jnp.int32),
     )
+    if cfg.data.format == "preference":  # a pair to a row
+        pair = lambda dtype: jax.ShapeDtypeStruct((k, cfg.batch_size // k, 2), dtype)  # noqa: E731
+        batch = batch.replace(
+            parents=leaf(jnp.int32),
+            answers=leaf(jnp.int32),
+            ref_log_probs=leaf(jnp.float32),
+            groups=pair(jnp.int32),
+            labels=pair(jnp.float32),
+        )
     return jax.tree.map(
         lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh),
         batch,
@@ -224,10 +233,14 @@ def abstract_batch(cfg: TrainConfig, mesh: Mesh) -> Batch:
 
 
 def lower(
-    cfg: TrainConfig, mesh: jax.sharding.AbstractMesh, platform: str = "tpu"
+    cfg: TrainConfig,
+    mesh: jax.sharding.AbstractMesh,
+    platform: str = "tpu",
+    loss_fn: LossFn | None = None,
 ) -> jax.stages.Lowered:
-    """Lowers the train step of a frozen config for a mesh that need not exist."""
+    """Lowers the train step of a frozen config, on `loss_fn` (default: `make_loss_fn`), for a mesh
+    that need not exist."""
     with jax.sharding.use_abstract_mesh(mesh):
-        program = build(cfg, mesh)
+        program = build(cfg, mesh, loss_fn)
         traced = program.step.trace(abstract_state(program), abstract_batch(cfg, mesh))
         return traced.lower(lowering_platforms=(platform,))
