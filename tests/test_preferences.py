@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import ROOT, environment, flags_of, run_binary
+from runs import ROOT, environment, finish_job, flags_of, run_binary, start_job
 
 SHORT = {
     "length": 320,
@@ -91,3 +91,25 @@ def test_a_reward_run_is_no_base_for_text(chain, tmp_path):
         f"--workdir={tmp_path}",
     )
     assert done.returncode == 1 and "is a reward model, which writes no text" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["reward", "dpo"])
+def test_two_processes_learn_as_one(chain, tmp_path, verb):
+    flags = flags_of({**SHORT, "steps": 6, "checkpoint.every": 0, "mesh.fsdp": 2, "mesh.data": 1})
+    if verb == "dpo":
+        flags += flags_of({"dpo.sample_prompts": 0, "dpo.reference": "cached"})
+    args = [f"--config=configs/{verb}_embedded.py", f"--init_from={chain / 'sft'}", *flags]
+    alone = run_binary(verb, *args, f"--workdir={tmp_path / 'one'}", devices=2)
+    assert alone.returncode == 0, alone.stderr
+    job = start_job(2, verb, *args, f"--workdir={tmp_path / 'two'}")
+    for code, _, err in finish_job(job):
+        assert code == 0, err
+    one, two = (
+        [json.loads(x) for x in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("one", "two")
+    )
+    for a, b in zip(one, two, strict=True):
+        for key in ("loss", "eval_loss", "eval/pair_accuracy", "eval/margin"):
+            if key in a:
+                assert b[key] == pytest.approx(a[key], rel=2e-5), key

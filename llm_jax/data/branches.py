@@ -37,6 +37,7 @@ class Branches(NamedTuple):
     first_D: np.ndarray  # int64 [D + 1], where a document's answers start
     segments_D: np.ndarray  # int64, of each document
     groups_D: np.ndarray  # int64, of each document
+    shared: bool  # prompts are in front of their answers once
 
     @property
     def answers_D(self) -> np.ndarray:
@@ -128,6 +129,7 @@ def lay(documents: Sequence[Document], *, shared: bool) -> Laid:
             np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
             np.array(n_segments, np.int64),
             np.array(n_groups, np.int64),
+            shared,
         ),
     )
 
@@ -138,8 +140,9 @@ def concatenate(parts: Sequence[Branches]) -> Branches:
     for p in parts:
         firsts.append(p.first_D[1:] + total)
         total += p.first_D[-1]
-    joined = {n: np.concatenate([getattr(p, n) for p in parts]) for n in Branches._fields}
-    return Branches(**joined | {"first_D": np.concatenate(firsts)})
+    names = set(Branches._fields) - {"first_D", "shared"}
+    joined = {n: np.concatenate([getattr(p, n) for p in parts]) for n in names}
+    return Branches(**joined, first_D=np.concatenate(firsts), shared=parts[0].shared)
 
 
 class Pieces(NamedTuple):
@@ -159,14 +162,14 @@ def _before(counts_P: np.ndarray, first_P: np.ndarray) -> np.ndarray:
 def token_numbers(
     b: Branches, pieces: Pieces, index_N: np.ndarray, piece_N: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """`segments`, `parents`, `positions` and `answers` of tokens, given where each stands in the
-    stream and its piece."""
+    """`segments`, `parents` (where prompts are shared), `positions` and `answers` of tokens, given
+    where each stands in the stream and its piece."""
     segment_P = _before(b.segments_D[pieces.document_P], pieces.first_P)[piece_N]
     answer_P = _before(b.answers_D[pieces.document_P], pieces.first_P)[piece_N]
     own_N = b.answer_N[index_N]
-    return {
+    parents = {"parents": segment_P + b.parent_N[index_N] + 1} if b.shared else {}
+    return parents | {
         "segments": segment_P + b.segment_N[index_N] + 1,
-        "parents": segment_P + b.parent_N[index_N] + 1,
         "positions": b.position_N[index_N],
         "answers": np.where(own_N > 0, answer_P + own_N, 0),
     }

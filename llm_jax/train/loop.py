@@ -104,6 +104,11 @@ def train(
     if cfg.checkpoint.init_from and not cfg.tokenizer.path:
         tokenizer = base_model.load_tokenizer(cfg.checkpoint.init_from)
         cfg.tokenizer.path = base_model.keep_tokenizer(tokenizer, workdir)
+    if cfg.data.format == "preference" and task is None:
+        raise ValueError(
+            "data.format=preference: answers to compare are learned from by experiments.reward and "
+            "experiments.dpo"
+        )
     configs.validate(cfg)
     corpus = inputs.prepare(cfg, workdir)
     configs.resolve_model(

@@ -80,7 +80,7 @@ def test_a_reward_is_read_at_the_last_token_of_each_answer():
     (batch,) = batches([EXAMPLE], shared=False, ends=True, length=11, rows=1)
     assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, 1, 2, 3, 6, 7, 8]]
     assert batch.weights.tolist() == [[0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1]]
-    assert batch.parents.tolist() == batch.segments.tolist() == [[1] * 5 + [2] * 6]
+    assert batch.parents is None and batch.segments.tolist() == [[1] * 5 + [2] * 6]
 
 
 def test_a_prompt_of_one_token_has_no_trunk():
