@@ -125,41 +125,27 @@ def questions() -> tuple[tuple[str, str, str], ...]:
     return tuple(sorted(found.values(), key=lambda row: _digest(row[0])))
 
 
-_PLACE_SHARE = 1 / 3  # of an answer's words, those that are replaced
-_NEIGHBOURS = 256  # questions, at least, among which an answer of the same length is looked for
-
-
 @functools.cache
 def preferences() -> tuple[tuple[str, str, str, str], ...]:
     """(qualified name, question, chosen, rejected) of each of `questions`, in their order.
 
-    The chosen answer is the true one; the rejected one is of one of three kinds, by a digest of the
-    name:
+    The chosen answer is the true one; the rejected one is spoiled as weak generators spoil theirs, in
+    one of two ways, by a digest of the name:
 
-    60 %  the words of the true answer in another order
-    25 %  the true answer with a third of its words replaced by words drawn from all answers
-    15 %  the true answer to another question, of about the same length
+    70 %  its words in another order
+    30 %  a loop: its first two or three words, over and over
 
-    Each kind is on average as long as the true answers, so length tells nothing. The other question
-    stands close by, so a part of them, such as the last tenth, shares hardly an answer with the rest.
+    Either has as many words as the true answer, so that length tells little.
     """
-    rows = questions()
-    words = [word for _, _, answer in rows for word in answer.split()]
     found = []
-    blocks = max(1, len(rows) // _NEIGHBOURS)
-    for block in range(blocks):
-        near = rows[len(rows) * block // blocks : len(rows) * (block + 1) // blocks]
-        others = _of_like_length([answer for _, _, answer in near])
-        for (name, question, answer), other in zip(near, others, strict=True):
-            kind = _number(f"kind of {name}", 100)
-            if kind < 60:
-                rejected = _scrambled(answer, name)
-            elif kind < 85:
-                rejected = _replaced(answer, name, words)
-            else:
-                rejected = other
-            # A few words may happen to keep their order.
-            found.append((name, question, answer, rejected if rejected != answer else other))
+    for name, question, answer in questions():
+        ways = (
+            (_scrambled, _looped) if _number(f"kind of {name}", 100) < 70 else (_looped, _scrambled)
+        )
+        spoiled = [rejected for way in ways if (rejected := way(answer, name)) != answer]
+        # Words that are all the same have no other order: half of them, then.
+        half = answer.split()[: len(answer.split()) // 2]
+        found.append((name, question, answer, spoiled[0] if spoiled else " ".join(half)))
     return tuple(found)
 
 
@@ -169,25 +155,10 @@ def _scrambled(answer: str, name: str) -> str:
     return " ".join(words[i] for i in order)
 
 
-def _replaced(answer: str, name: str, pool: list[str]) -> str:
+def _looped(answer: str, name: str) -> str:
     words = answer.split()
-    order = sorted(range(len(words)), key=lambda i: _digest(f"place of {name} {i}"))
-    for i in order[: max(1, round(len(words) * _PLACE_SHARE))]:
-        at = _number(f"word of {name} {i}", len(pool))
-        while pool[at] == words[i]:
-            at = (at + 1) % len(pool)
-        words[i] = pool[at]
-    return " ".join(words)
-
-
-def _of_like_length(answers: list[str]) -> list[str]:
-    """For each answer another one, of neighbours in length: two and two are each other's."""
-    order = sorted(range(len(answers)), key=lambda i: (len(answers[i]), _digest(answers[i])))
-    others = [""] * len(answers)
-    for rank, i in enumerate(order):
-        other = rank ^ 1 if rank ^ 1 < len(order) else rank - 1
-        others[i] = answers[order[other]]
-    return others
+    loop = words[: 2 + _number(f"loop of {name}", 2)]
+    return " ".join(loop[i % len(loop)] for i in range(len(words)))
 
 
 def _number(text: str, below: int) -> int:

@@ -82,52 +82,32 @@ def test_preferences_are_the_questions_with_an_answer_that_is_spoiled():
     rows = corpus.preferences()
     assert [row[:3] for row in rows] == list(corpus.questions())
     assert corpus.preferences() is rows
-    answers = {answer for _, _, answer in corpus.questions()}
-    count, ahead = {"scrambled": 0, "another": 0, "replaced": 0}, []
+    count = {"scrambled": 0, "looped": 0}
     for _, _, chosen, rejected in rows:
         assert chosen != rejected
         words, others = chosen.split(), rejected.split()
+        assert len(words) == len(others)
         if sorted(words) == sorted(others):
             count["scrambled"] += 1
-        elif rejected in answers:
-            count["another"] += 1
-            ahead.append(abs(len(chosen) - len(rejected)))
         else:
-            count["replaced"] += 1
-            changed = sum(a != b for a, b in zip(words, others, strict=True))
-            assert changed == max(1, round(len(words) / 3))
-    assert sorted(ahead)[len(ahead) // 2] <= 2  # of any other answer: 30 characters
+            count["looped"] += 1
+            assert any(others == (words[:k] * len(words))[: len(words)] for k in (2, 3))
     share = {kind: n / len(rows) for kind, n in count.items()}
-    assert share == pytest.approx({"scrambled": 0.6, "another": 0.15, "replaced": 0.25}, abs=0.02)
+    assert share == pytest.approx({"scrambled": 0.7, "looped": 0.3}, abs=0.03)
 
 
-@pytest.mark.parametrize("unit", [len, lambda text: len(text.split())], ids=["characters", "words"])
-def test_length_does_not_tell_which_answer_is_preferred(unit):
+def test_length_hardly_tells_which_answer_is_preferred():
+    unit = len
     ahead = [unit(rejected) - unit(chosen) for _, _, chosen, rejected in corpus.preferences()]
     assert abs(sum(ahead) / len(ahead)) < 1  # the answers have 77 characters on average
     # Whoever takes the shorter answer, and tosses a coin for those as long, is right by half.
     right = sum((d > 0) + 0.5 * (d == 0) for d in ahead) / len(ahead)
-    assert 0.48 < right < 0.52
+    assert 0.45 < right < 0.55
 
 
-def test_the_last_preferences_share_hardly_an_answer_with_the_rest():
-    # Another question's answer out of all of them would make it a hundred.
-    rows = corpus.preferences()
-    cut = len(rows) * 9 // 10
-    before = {answer for row in rows[:cut] for answer in row[2:]}
-    assert sum(answer in before for row in rows[cut:] for answer in row[2:]) < 20
-
-
-@pytest.mark.parametrize("size", [2, 3, 256, 257])
-def test_every_answer_finds_another_one_of_its_length(monkeypatch, size):
-    # 257 questions: were they cut into blocks of 256, the last would have no neighbour but itself.
-    answers = ["no no no no", *(f"it does {'x' * i} well" for i in range(1, size))]
-    found = tuple((f"m.f{i}", "What?", answer) for i, answer in enumerate(answers))
-    monkeypatch.setattr(corpus, "questions", lambda: found)
-    rows = corpus.preferences.__wrapped__()
-    assert len(rows) == size
-    # The first answer has no other order, yet a spoiled one.
-    assert all(rejected and rejected != chosen for _, _, chosen, rejected in rows)
+def test_an_answer_without_another_order_is_spoiled_too(monkeypatch):
+    monkeypatch.setattr(corpus, "questions", lambda: (("m.f", "What?", "no no no no"),))
+    assert corpus.preferences.__wrapped__() == (("m.f", "What?", "no no no no", "no no"),)
 
 
 def test_preferences_as_documents_teach_true_answers_only():

@@ -197,3 +197,10 @@ def test_nothing_to_start_from_is_named(base, rows, tmp_path):
     cfg.checkpoint.init_from = ""
     with pytest.raises(ValueError, match="--init_from is needed"):
         training.train(cfg, tmp_path)
+
+
+def test_preferences_are_not_pretrained_on(base, rows, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"learned from by experiments\.reward and experiments\.dpo"
+    ):
+        train(dpo_config(base, rows), tmp_path)
