@@ -53,9 +53,7 @@ class HeldOut:
                 rows = chosen[i * size : (i + 1) * size]
                 ids_BxA = answer_ids(self._tokens, plan, rows)
                 real = ids_BxA >= 0
-                # In the plain case a row of a batch has more answers than any held-out one.
-                values = np.asarray(said_RxA)[: len(rows), : ids_BxA.shape[1]]
-                scores[ids_BxA[real]] = values[real]
+                scores[ids_BxA[real]] = np.asarray(said_RxA)[: len(rows)][real]
         terms, metrics = jax.device_get(total)
         loss = Loss(terms, scales)
         found = {"eval_loss": float(loss.value())}
