@@ -109,48 +109,11 @@ def test_kto_learns_from_single_answers(base, tmp_path):
     assert summary["eval/desirable_reward"] > summary["eval/undesirable_reward"] + 0.2
 
 
-def test_the_same_loss_on_every_mesh(base, rows, tmp_path):
-    """And with micro-batches, whose shares of pairs differ."""
-    curves = {}
-    for name, (devices, changes) in {
-        "one": (1, {}),
-        "fsdp": (4, {"mesh.data": 2, "mesh.fsdp": 2}),
-        "tensor": (2, {"mesh.data": 1, "mesh.tensor": 2}),
-        "micro": (1, {"accumulation": 4}),
-    }.items():
-        cfg = dpo_config(base, rows, **{"optimizer.learning_rate": 1e-3, **changes})
-        training.train(cfg, tmp_path / name, devices=jax.devices()[:devices])
-        curves[name] = curve(tmp_path / name)
-    for name, found in curves.items():
-        np.testing.assert_allclose(found, curves["one"], rtol=1e-5, err_msg=name)
-
-
-def test_a_shared_prompt_gives_the_loss_of_copies(base, tmp_path):
-    """One batch of all pairs: with the prompt once, and with a copy in front of each answer."""
-    rows = write_pairs(tmp_path / "few.jsonl", count=8)
-    losses = {}
-    for shared in (True, False):
-        changes = {
-            "data.preference.shared_prompt": shared,
-            "data.eval_fraction": 0.0,
-            "data.packing": "pad",
-            "length": 192,
-        }
-        cfg = dpo_config(base, rows, **{**changes, "steps": 4, "optimizer.learning_rate": 1e-3})
-        training.train(cfg, tmp_path / str(shared))
-        losses[shared] = curve(tmp_path / str(shared))
-    np.testing.assert_allclose(losses[True], losses[False], rtol=1e-5)
-
-
 def test_its_own_answers_tell_how_far_it_moved(base, rows, tmp_path):
-    changes = {**LORA, "dpo.sample_prompts": 4, "dpo.sample_tokens": 12}
-    still = dpo_config(base, rows, **{**changes, "optimizer.learning_rate": 0.0, "steps": 1})
-    summary = training.train(still, tmp_path / "still")
-    assert summary["kl"] == pytest.approx(0.0, abs=1e-3)
-    assert summary["generated_tokens"] == summary["generated_tokens_before"]
-    moved = dpo_config(base, rows, **{**changes, "steps": 12})
-    assert training.train(moved, tmp_path / "moved")["kl"] > 0.1
-    report = (tmp_path / "moved/report.md").read_text()
+    changes = {**LORA, "dpo.sample_prompts": 4, "dpo.sample_tokens": 12, "steps": 12}
+    summary = training.train(dpo_config(base, rows, **changes), tmp_path)
+    assert summary["kl"] > 0.1 and 1 <= summary["generated_tokens_before"] <= 12
+    report = (tmp_path / "report.md").read_text()
     assert "## Answers of its own" in report and "[after]" in report
 
 

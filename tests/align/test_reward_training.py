@@ -196,22 +196,3 @@ def test_features_of_a_tuned_backbone_are_refused(base, rows, tmp_path):
     cfg = reward_config(base, rows, **{"reward.backbone": "features", "peft.method": "lora"})
     with pytest.raises(ValueError, match=r"reward\.backbone=features"):
         probe.train(cfg, tmp_path)
-
-
-def test_the_same_loss_on_every_mesh(base, rows, tmp_path):
-    """And with micro-batches, which hold unequal numbers of pairs."""
-    curves = {}
-    for name, changes in {
-        "one": {},
-        "fsdp": {"mesh.data": 2, "mesh.fsdp": 2},
-        "tensor": {"mesh.data": 1, "mesh.tensor": 2},
-        "micro": {"accumulation": 4},
-    }.items():
-        devices = {"one": 1, "micro": 1, "tensor": 2}.get(name, 4)
-        cfg = reward_config(base, rows, **{"steps": 6, "optimizer.learning_rate": 1e-3, **changes})
-        training.train(cfg, tmp_path / name, devices=jax.devices()[:devices])
-        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
-        curves[name] = [line["loss"] for line in lines if "loss" in line]
-        assert not any("bad_steps" in line for line in lines)
-    for name, curve in curves.items():
-        np.testing.assert_allclose(curve, curves["one"], rtol=1e-5, err_msg=name)
