@@ -214,7 +214,9 @@ def _pack(kind: str, tokens, documents: int, seconds: float) -> dict:
         used = 1.0
     else:
         # A plan is made from the bounds of the documents alone: no tokens are needed for many.
-        many = types.SimpleNamespace(offsets=random_offsets(documents * DOCUMENT_TOKENS, documents))
+        many = types.SimpleNamespace(
+            branches=None, offsets=random_offsets(documents * DOCUMENT_TOKENS, documents)
+        )
         start = time.perf_counter()
         make_plan(many, kind, length)
         planning = round(time.perf_counter() - start, 3)

@@ -34,7 +34,16 @@ class Answer:
 
 
 def prompt_ids(model: Any, prompts: Sequence[Messages]) -> list[list[int]]:
-    """The ids that `model` answers: each prompt in its chat template, up to where an answer begins."""
+    """The ids that `model` answers: each prompt in its chat template, up to where an answer begins.
+
+    Raises:
+      ValueError: it has no chat template.
+    """
+    if not model.tokenizer.chat_template:
+        raise ValueError(
+            "the model's tokenizer has no chat template, which says how it is asked; give that of a run "
+            "of sft, reward or dpo on it (--tokenizer=RUN/data/tokenizer)"
+        )
     render = partial(model.tokenizer.apply_chat_template, add_generation_prompt=True)
     return [render(messages) or start_ids(model.tokenizer) for messages in prompts]
 
