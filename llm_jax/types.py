@@ -22,6 +22,8 @@ import jax.numpy as jnp
 
 Array = jax.Array
 PyTree = Any
+# In `Batch.labels`: the label of an answer to another prompt, from which KTO estimates the KL
+OTHERS = -(2.0**40)
 
 
 @flax.struct.dataclass

@@ -32,8 +32,7 @@ from llm_jax.data.preferences import Preference
 from llm_jax.data.prepare import EVAL, TRAIN, sources_of
 from llm_jax.data.rendering import Renderer
 from llm_jax.data.tokens import Tokens, dtype_of
-
-OTHERS = -(2.0**40)  # label of an answer to another prompt; objectives.preference.OTHERS
+from llm_jax.types import OTHERS
 
 
 class Wanted(NamedTuple):

@@ -14,7 +14,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from llm_jax.types import Array, Batch, Loss, Mean, Scores
+from llm_jax.types import OTHERS, Array, Batch, Loss, Mean, Scores
 
 PAIR_LOSSES = ("logistic", "hinge", "ipo")
 
@@ -332,9 +332,6 @@ def reference_free(
     log_odds = safe - jnp.log(-jnp.expm1(jnp.minimum(safe, -1e-7)))
     term = compared(differences(log_odds), pairs, pair_loss("logistic"), **smoothing)
     return Loss({"sft": nll, "preference": term}, {"sft": 1.0, "preference": beta}, metrics)
-
-
-OTHERS = -(2.0**40)  # the label of an answer to another prompt, from which KTO estimates the KL
 
 
 def kto(
