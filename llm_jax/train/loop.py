@@ -135,6 +135,7 @@ def train(
         run = _Run(cfg, workdir, corpus, loader, program, made, peak, compare)
         if dry_run:
             return run.describe()
+        made.prepare()
         return run.train(begin)
 
 

@@ -24,6 +24,7 @@ class Task:
         place of what `eval.likelihood` finds; names with a "/" come into the summary.
       specs, params: of other models that `loss_fn` finds in the parameter tree, by name. They are
         not trained and not saved.
+      prepare: what is computed before the first step, by all processes; not in a dry run.
       add: (batch of this process, step from 0) -> the batch with what else `loss_fn` needs of it.
       finish: (whole parameter tree after the last step) -> rows for the summary, blocks for the
         report; after the last evaluation, by all processes.
@@ -35,6 +36,7 @@ class Task:
     evaluate: Callable[[PyTree, Iterable[Batch]], dict[str, float]] | None = None
     specs: dict[str, PyTree] = field(default_factory=dict)
     params: dict[str, PyTree] = field(default_factory=dict)
+    prepare: Callable[[], None] = lambda: None
     add: Callable[[Batch, int], Batch] = lambda batch, step: batch
     finish: Callable[[PyTree], tuple[dict[str, Any], list[Block]]] = lambda params: ({}, [])
     notes: dict[str, Any] = field(default_factory=dict)

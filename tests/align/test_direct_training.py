@@ -60,6 +60,9 @@ def test_cached_log_probs_are_computed_once(base, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "log_probs", lambda *a: calls.append(real(*a)) or calls[-1])
     small = {"batch_size": 2, "checkpoint.every": 1, "data.packing": "pad"}
     cfg = dpo_config(base, rows, **{**small, "steps": 2})
+    training.train(cfg, tmp_path, devices=jax.devices()[:1], dry_run=True)
+    assert calls == []
+    cfg = dpo_config(base, rows, **{**small, "steps": 2})
     training.train(cfg, tmp_path, devices=jax.devices()[:1])
     assert calls == [4, 12]  # the rows that training meets, of 48, and the held-out ones
     again = dpo_config(base, rows, **{**small, "steps": 3})

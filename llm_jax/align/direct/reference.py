@@ -50,9 +50,9 @@ def keep(
     loader: Loader,
     cfg: TrainConfig,
     mesh: jax.sharding.Mesh,
-) -> str:
+) -> None:
     """Fills in `ref_log_probs` of all that a run meets, from disk where they have been computed
-    already; returns the reference's fingerprint. They are not a number where a run does not come."""
+    already. They are not a number where a run does not come."""
     known = fingerprint(reference.params)
     met = loader.packed_rows()
     parts = [(c.tokens, met[c.name]) for c in corpus.train]
@@ -69,7 +69,6 @@ def keep(
             partial_ = path.with_suffix(".partial.npy")
             np.save(partial_, tokens.ref_log_probs)
             os.replace(partial_, path)
-    return known
 
 
 def log_probs(

@@ -16,6 +16,7 @@ from llm_jax.align.direct import generated, reference
 from llm_jax.align.held_out import HeldOut, summary_rows
 from llm_jax.config import TrainConfig
 from llm_jax.data.comparisons import Comparisons
+from llm_jax.nn.params import fingerprint
 from llm_jax.objectives import likelihood, preference
 from llm_jax.peft import lora
 from llm_jax.train import companion, loop, program
@@ -144,13 +145,18 @@ def make_task(cfg: TrainConfig, mesh: jax.sharding.Mesh, corpus: Comparisons, lo
     kind = resolve_reference(cfg)
     path = cfg.dpo.reference_path or cfg.checkpoint.init_from
     second, notes = None, {"reference": kind, **summary_rows(corpus)}
+    prepare = Task.prepare
     if kind in ("cached", "model"):
         second = companion.load(path, mesh)
         reference.check(second, path, cfg, corpus)
     if kind == "cached":
         # A run that goes on has to go on with the same reference.
-        loader.identity["reference"] = reference.keep(second, corpus, loader, cfg, mesh)
-        second = None
+        loader.identity["reference"] = fingerprint(second.params)
+        needed, second = [second], None
+
+        def prepare() -> None:  # and lets go of the second model
+            reference.keep(needed.pop(), corpus, loader, cfg, mesh)
+
     model, loss_fn = models.family(cfg.model.family), make_loss_fn(cfg, kind, second)
 
     def step(params: PyTree, batch: Batch) -> tuple[Loss, Array]:
@@ -172,6 +178,7 @@ def make_task(cfg: TrainConfig, mesh: jax.sharding.Mesh, corpus: Comparisons, lo
         finish=finish,
         specs={REFERENCE: second.specs} if second is not None else {},
         params={REFERENCE: second.params} if second is not None else {},
+        prepare=prepare,
         notes=notes,
     )
 
