@@ -263,13 +263,13 @@ def direct(
     equation 9). `sft` adds so many times the preferred answers' cross-entropy a token (RPO, Pang et
     al. 2024; a preferred answer counts in each of its pairs). `label_smoothing`, `robust`: `compared`.
 
-    Metrics: those of `pair_metrics` of the implicit rewards beta * log-ratio, and `chosen_nll`.
+    Metrics: those of `pair_metrics` of the implicit rewards beta * log-ratio (a token, with
+    `per_token`), and `chosen_nll`.
     """
     chex.assert_equal_shape([scores.log_probs, batch.ref_log_probs, batch.weights])
     answers = answers_of(batch)
     pairs = pairs_of(answers, ties=ties, per_prompt=per_prompt)
     ratio = per_answer(scores.log_probs - batch.ref_log_probs, batch)
-    implicit = beta * ratio
     if per_token:
         ratio = ratio / jnp.maximum(answers.tokens, 1.0)
     ahead = differences(ratio)
@@ -286,7 +286,7 @@ def direct(
     terms, scales = {"preference": term}, {"preference": 1.0}
     if sft:
         terms["sft"], scales["sft"] = nll, sft
-    return Loss(terms, scales, {**pair_metrics(implicit, answers), "chosen_nll": nll})
+    return Loss(terms, scales, {**pair_metrics(beta * ratio, answers), "chosen_nll": nll})
 
 
 def _chosen_nll(scores: Scores, batch: Batch, answers: Answers, pairs: Pairs) -> Mean:

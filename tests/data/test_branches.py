@@ -1,5 +1,7 @@
 """Answers that branch from one prompt: what a batch has of them, and that a model cannot tell."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,7 @@ EXAMPLE = Document(
     [1, 2, 3], [[4, 5], [6, 7, 8]], [[True, True], [True, True, True]], [1, 1], [1.0, 0.0]
 )
 LENGTHS = np.ones(53, np.int32)
+ROW = 12  # what the longest of `some_documents` fits into
 
 
 def tokens_of(documents, *, shared, ends=False) -> Tokens:
@@ -113,6 +116,11 @@ def test_a_shared_prompt_costs_one_prefix():
     assert size(long, shared=False) == 40 + 2 + 40 + 3
 
 
+@partial(jax.jit, static_argnames="cfg")
+def log_probs_of(params, batch, cfg):
+    return models.family("decoder").scores(params, batch, cfg, want=("log_probs",)).log_probs
+
+
 def scores_by_answer(cfg, params, documents, **how):
     """log-probability of each answer, in the order of the documents."""
     made = batches(documents, **how)
@@ -120,9 +128,7 @@ def scores_by_answer(cfg, params, documents, **how):
     tokens = tokens_of(documents, shared=how["shared"])
     for i, batch in enumerate(made):
         batch = jax.tree.map(jnp.asarray, batch)
-        log_probs = (
-            models.family("decoder").scores(params, batch, cfg, want=("log_probs",)).log_probs
-        )
+        log_probs = log_probs_of(params, batch, cfg)
         found = np.asarray(preference.per_answer(log_probs, batch))
         rows = made.chosen[i * made.batch_size : (i + 1) * made.batch_size]
         ids = answer_ids(tokens, made.plan, rows)
@@ -131,15 +137,14 @@ def scores_by_answer(cfg, params, documents, **how):
 
 
 def alone(cfg, params, document):
-    """Each answer after its prompt in a row of its own, without segments."""
+    """Each answer after its prompt in a row of its own, without segments; nothing sees the zeros
+    behind it, which are there for one shape."""
     out = []
     for answer in document.answers:
-        row = jnp.array([[*document.prompt, *answer]])
-        batch = Batch(tokens=row[:, :-1], targets=row[:, 1:])
-        log_probs = (
-            models.family("decoder").scores(params, batch, cfg, want=("log_probs",)).log_probs
-        )
-        out.append(float(log_probs[0, len(document.prompt) - 1 :].sum()))
+        n, end = len(document.prompt), len(document.prompt) + len(answer)
+        row = jnp.array([[*document.prompt, *answer] + [0] * (ROW - end)])
+        log_probs = log_probs_of(params, Batch(tokens=row[:, :-1], targets=row[:, 1:]), cfg)
+        out.append(float(log_probs[0, n - 1 : end - 1].sum()))
     return out
 
 
@@ -181,7 +186,7 @@ def test_answers_do_not_see_each_other():
     def of(answer, other_tokens):
         tokens = jnp.where((batch.answers == 3 - answer), other_tokens, batch.tokens)
         b = batch.replace(tokens=tokens)
-        log_probs = models.family("decoder").scores(params, b, cfg, want=("log_probs",)).log_probs
+        log_probs = log_probs_of(params, b, cfg)
         return preference.per_answer(log_probs, b)[0, answer - 1]
 
     for answer in (1, 2):
