@@ -59,6 +59,8 @@ def main(argv: list[str]) -> None:
         base=_BASE.value,
         dtype="float32",
     )
+    if _VERIFY.value and model.config.model.head != "lm":
+        raise ValueError("--verify compares logits, which a reward model has not; drop it")
     if _TO.value == "llm_jax":
         model.save(_OUTPUT.value)
     elif _TO.value == "peft":

@@ -12,10 +12,12 @@ import numpy as np
 from llm_jax import config as configs
 from llm_jax import models, sharding, tokenizers
 from llm_jax.config import MeshConfig, PeftConfig, TrainConfig
+from llm_jax.data.rendering import Renderer
 from llm_jax.decode.generate import Completion, generate
 from llm_jax.eval.likelihood import text_log_probs
 from llm_jax.interop import huggingface, peft_format, pretrained
 from llm_jax.interop.model_card import model_card
+from llm_jax.models import heads
 from llm_jax.peft import lora
 from llm_jax.tokenizers.export import huggingface_files
 from llm_jax.train import base_model, checkpoint, host_memory
@@ -192,6 +194,8 @@ class Model:
           ValueError: no architecture of transformers computes this model.
         """
         t, notes, params = self.tokenizer, [], self.merged().params
+        if shift := float(params[heads.REWARD]["bias"]) if heads.REWARD in params else 0.0:
+            notes.append(f"rewards are less by {shift:.4g} there: transformers' head has no bias")
         ends = tuple(dict.fromkeys([t.eos_id, *self.config.tokenizer.end_tokens]))
         ids = {"bos": t.bos_id, "eos": t.eos_id if len(ends) < 2 else list(ends), "pad": t.pad_id}
         with huggingface.new_folder(folder) as new:
@@ -208,7 +212,9 @@ class Model:
             except ValueError as e:
                 notes.append(f"{e}; the tokenizer is written in llm_jax's own format")
                 files = t.files()
-            files["README.md"] = model_card(self.config, values, t, summary or {}).encode()
+            ending = Renderer(t).ending.strip() if heads.REWARD in params else ""
+            card = model_card(self.config, values, t, summary or {}, ending)
+            files["README.md"] = card.encode()
             for name, content in files.items():
                 (new / name).parent.mkdir(parents=True, exist_ok=True)
                 (new / name).write_bytes(content)

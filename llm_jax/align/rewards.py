@@ -16,13 +16,15 @@ from llm_jax.config import MeshConfig, ModelConfig
 from llm_jax.data.chat_corpus import with_system
 from llm_jax.data.packing import bucket
 from llm_jax.data.rendering import Renderer
+from llm_jax.interop import huggingface, pretrained
 from llm_jax.models import heads
 from llm_jax.train import checkpoint, companion
 from llm_jax.types import Array, Batch, PyTree
 
 
 def judge(spec: str) -> Judge:
-    """`rule:NAME[:ARGUMENT]` (`align.judges`), or the folder of a reward run.
+    """`rule:NAME[:ARGUMENT]` (`align.judges`), or the folder of a reward run or of a Hugging Face
+    classifier with one label.
 
     Raises:
       ValueError: an unknown rule, or a run that is no reward model.
@@ -34,15 +36,23 @@ def judge(spec: str) -> Judge:
 class RewardModel:
     """A reward model: conversations, each ending in the assistant's answer, to float64 [n].
 
-    A conversation is rendered as in training and read at the token that ends the answer. One that is
-    longer than the model's context is cut from the left.
+    A conversation is rendered as in training and read at the token that ends the answer, or at the
+    last of all that the template writes (`at_end`). One that is longer than the model's context is
+    cut from the left.
     """
 
     def __init__(
-        self, params: PyTree, cfg: ModelConfig, renderer: Renderer, mesh: Any, system: str
+        self,
+        params: PyTree,
+        cfg: ModelConfig,
+        renderer: Renderer,
+        mesh: Any,
+        *,
+        system: str = "",
+        at_end: bool = False,
     ):
         self.params, self.config, self.mesh = params, cfg, mesh
-        self._renderer, self._system = renderer, system
+        self._renderer, self._system, self._at_end = renderer, system, at_end
 
     def __call__(
         self, conversations: Sequence[Sequence[dict[str, Any]]], *, batch_size: int = 8
@@ -53,7 +63,8 @@ class RewardModel:
         texts = [self._renderer.spans(c, after=len(c) - 1) for c in told]
         rows = []
         for ids, trained in self._renderer.encode(texts):
-            end = len(ids) - int(np.argmax(trained[::-1])) if trained.any() else len(ids)
+            read = trained.any() and not self._at_end
+            end = len(ids) - int(np.argmax(trained[::-1])) if read else len(ids)
             rows.append(ids[:end][-self.config.max_length :])
         order = np.argsort([len(row) for row in rows], kind="stable")[::-1]
         out = np.zeros(len(rows))
@@ -81,19 +92,26 @@ def _last(params: PyTree, batch: Batch, last_B: Array, cfg: ModelConfig) -> Arra
 
 
 def load(path: str | Path) -> RewardModel:
-    """The reward model of a run, on one device; of a run with PEFT with its base's arrays merged.
+    """The reward model of a run, on one device, with what PEFT learned merged; or of a Hugging Face
+    folder, which transformers reads at the last token, unless its config.json says that it is ours.
 
     Raises:
-      FileNotFoundError: no run there.
+      FileNotFoundError: no model there.
       ValueError: it is a language model, or damaged.
     """
-    run = checkpoint.load_config(path)
-    if run.model.head != heads.REWARD:
+    if theirs := pretrained.kind(path):
+        head, how = pretrained.load(path, None).model.head, {}
+        if theirs == "hf":
+            config = huggingface.load_json(Path(path).expanduser() / huggingface.CONFIG)
+            how = {"at_end": config.get(huggingface.READ_AT) != huggingface.ANSWER}
+    else:
+        run = checkpoint.load_config(path)
+        head, how = run.model.head, {"system": run.data.dialogue.system}
+    if head != heads.REWARD:
         raise ValueError(
             f"{path} is no reward model but a language model; train one with experiments.reward, or "
             "give a rule such as rule:shorter"
         )
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     found = companion.load(path, mesh, heads.REWARD)
-    renderer = Renderer(found.tokenizer)
-    return RewardModel(found.params, found.cfg, renderer, mesh, run.data.dialogue.system)
+    return RewardModel(found.params, found.cfg, Renderer(found.tokenizer), mesh, **how)

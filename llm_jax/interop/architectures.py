@@ -20,14 +20,24 @@ from llm_jax.interop.config_json import (
     write_windows,
 )
 
+REWARD = "ForSequenceClassification"
+
 
 class Architecture(NamedTuple):
     """One `model_type`."""
 
-    class_name: str
+    class_name: str  # of the language model
     defaults: dict[str, Any]
     read: Callable[[Keys], dict[str, Any]]  # -> keys of ModelConfig
     write: Callable[[ModelConfig], dict[str, Any]]  # -> keys of config.json
+
+    @property
+    def reward_class(self) -> str:
+        """The class of a reward model, which is one with a single label; "" if there is none."""
+        if self.class_name in ("OlmoeForCausalLM", "Glm4MoeForCausalLM"):
+            return ""
+        kind = self.class_name.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+        return f"{'Gemma3Text' if kind == 'Gemma3' else kind}{REWARD}"
 
 
 def _read_gpt2(c: Keys) -> dict[str, Any]:

@@ -20,6 +20,9 @@ from llm_jax.interop.translate import read_config, write_config
 from llm_jax.types import PyTree
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
+# Where a reward is read, in a config.json of ours: at the token that ends the answer. transformers,
+# which does not know the key, reads the last token of what it is given.
+READ_AT, ANSWER = "reward_read_at", "answer_end"
 # The text model's tensors within a model that also sees; the rest of Gemma 3 is not imported.
 TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
 OTHER_MODALITIES = r"^(model\.)?(vision_tower|multi_modal_projector)\."
@@ -169,12 +172,15 @@ def save(
     values = write_config(cfg)
     ids = {f"{role}_token_id": i for role, i in (token_ids or {}).items()}
     values |= {**ids, "torch_dtype": dtype, "use_cache": True}
+    if cfg.head == "reward":
+        values[READ_AT] = ANSWER
     specs = models.family(cfg.family).specs(cfg)
     wanted = parts(values["model_type"], specs, cfg)
     written = weights.tensors(params, wanted, cfg)
     safetensors.write(folder, written, dtype=_numpy(dtype), shard_bytes=shard_bytes)
     _write_json(folder / CONFIG, values)
-    _write_json(folder / GENERATION, {n: i for n, i in ids.items() if i is not None})
+    if cfg.head == "lm":
+        _write_json(folder / GENERATION, {n: i for n, i in ids.items() if i is not None})
     return values
 
 

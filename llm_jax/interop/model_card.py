@@ -9,11 +9,16 @@ from llm_jax.nn.params import count
 
 
 def model_card(
-    cfg: TrainConfig, values: Mapping[str, Any], tokenizer: Any, summary: Mapping[str, Any]
+    cfg: TrainConfig,
+    values: Mapping[str, Any],
+    tokenizer: Any,
+    summary: Mapping[str, Any],
+    ending: str = "",
 ) -> str:
     """Markdown with the front matter that model hubs read.
 
-    `values` are those of config.json, `summary` those of the run's summary.json (or empty).
+    `values` are those of config.json, `summary` those of the run's summary.json (or empty); `ending`
+    is the text that ends an answer, which a reward model needs.
     """
     m = cfg.model
     name = cfg.name or values["model_type"]
@@ -34,9 +39,18 @@ def model_card(
     }
     table = "\n".join(f"| {k} | {v} |" for k, v in {**rows, **trained}.items() if v)
     template = "\nIt has a chat template.\n" if tokenizer.chat_template else ""
+    task, loader, use = "text-generation", "AutoModelForCausalLM", ""
+    if m.head == "reward":
+        task, loader = "text-classification", "AutoModelForSequenceClassification"
+        use = f"""
+# A reward is read at the token that ends the answer, so that nothing may stand behind it.
+text, end = tokenizer.apply_chat_template(messages, tokenize=False), {ending!r}
+text = text[: text.rindex(end) + len(end)]
+reward = model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits[0, 0]
+"""
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 tags:
 - llm_jax
 ---
@@ -50,11 +64,11 @@ Exported from llm_jax.
 {table}
 {template}
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {loader}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("PATH")
+model = {loader}.from_pretrained("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
-```
+{use}```
 """
 
 

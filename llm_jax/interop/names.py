@@ -98,6 +98,10 @@ OUTSIDE: dict[str, Mapping[str, str]] = {
     }
 }
 LAYER_PREFIX = {"gpt2": "transformer.h.{i}."}
+# A reward's weights [D] are the row of a classifier's [1, D]; its other numbers are ours alone, and 0
+# where theirs come in.
+REWARD = {"reward/w": "score.weight"}
+OURS = ("reward/bias", "reward/length")
 # Tables are rows in both; GPT-2 keeps its matrices as we do, [in, out].
 UPRIGHT = ("embed/tokens", "embed/positions", "head/w")
 THIRDS = 3
@@ -123,10 +127,12 @@ def parts(kind: str, specs: PyTree, cfg: ModelConfig) -> list[Part]:
     Raises:
       ValueError: a parameter that the architecture has no name for.
     """
-    outside = OUTSIDE.get(kind, _OUTSIDE)
+    outside = OUTSIDE.get(kind, _OUTSIDE) | REWARD
     prefix = LAYER_PREFIX.get(kind, "model.layers.{i}.")
     out = []
     for path, spec in flatten(specs).items():
+        if path in OURS:
+            continue
         stack, _, inner = path.partition("/")
         name = outside.get(path)
         if stack in ("layers", "dense_layers"):
@@ -148,8 +154,10 @@ def _of(
         size = (vocab_size, *size[1:])
     transposed = len(size) == 2 and path not in UPRIGHT and kind != "gpt2"
     shape = size[::-1] if transposed else size
+    if path in REWARD:
+        shape = (1, *size)
     name, _, third = name.partition("#")
-    offset = [0] * len(size)
+    offset = [0] * len(shape)
     if third:
         offset[-1] = int(third) * shape[-1]
         shape = (*shape[:-1], THIRDS * shape[-1])

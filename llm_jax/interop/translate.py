@@ -10,7 +10,7 @@ from typing import Any
 
 from llm_jax import config as configs
 from llm_jax.config import ModelConfig, MoEConfig
-from llm_jax.interop.architectures import ARCHITECTURES
+from llm_jax.interop.architectures import ARCHITECTURES, REWARD
 from llm_jax.interop.config_json import Keys
 
 # How a model is trained or computed, not what it computes: no config.json has these.
@@ -43,7 +43,8 @@ def read_config(values: Mapping[str, Any], where: str = "config.json") -> ModelC
     if keys.get("quantization_config") is not None:
         raise ValueError(f"{where}: quantised weights are not supported; load the original ones")
     kwargs = ARCHITECTURES[kind].read(keys)
-    model = ModelConfig(init_std=float(keys.number("initializer_range", 0.02)), **kwargs)
+    std = float(keys.number("initializer_range", 0.02))
+    model = ModelConfig(init_std=std, head=_head(keys), **kwargs)
     if model.n_heads % model.kv_heads:
         raise ValueError(
             f"{where}: num_attention_heads={model.n_heads} is not divisible by "
@@ -56,6 +57,18 @@ def read_config(values: Mapping[str, Any], where: str = "config.json") -> ModelC
     return model
 
 
+def _head(keys: Keys) -> str:
+    """lm, or reward: a classifier with one label, read at the last token."""
+    if not any(name.endswith(REWARD) for name in keys.get("architectures", ())):
+        return "lm"
+    labels = len(keys.get("id2label", ())) or keys.get("num_labels", 2)
+    if labels != 1:
+        raise ValueError(
+            f"{keys.where}: a classifier with {labels} labels is not supported; a reward model has one"
+        )
+    return "reward"
+
+
 def write_config(model: ModelConfig) -> dict[str, Any]:
     """The config.json (model_type, architectures and sizes) of a resolved ModelConfig.
 
@@ -64,12 +77,16 @@ def write_config(model: ModelConfig) -> dict[str, Any]:
         way of the nearest one.
     """
     nearest: tuple[str, list[str]] = ("", [""] * 1000)
+    one_label = {"id2label": {"0": "REWARD"}, "label2id": {"REWARD": 0}}
     for kind, architecture in ARCHITECTURES.items():
+        reward = model.head == "reward"
+        name = architecture.reward_class if reward else architecture.class_name
         values = {
-            "architectures": [architecture.class_name],
+            "architectures": [name],
             "model_type": kind,
             "initializer_range": model.init_std,
             **architecture.write(model),
+            **(one_label if reward else {}),
         }
         try:
             back = read_config(values)

@@ -62,7 +62,8 @@ def load(
     def parameter(path: str) -> Array:
         spec, kind = flat[path], "float32" if exact and exact.search(path) else dtype
         where = sharding.named(spec.axes, mesh)
-        found = _parameter(source, by_path[path], spec.shape, where, kind)
+        # Without a part it is 0: theirs has no such number.
+        found = _parameter(source, by_path.get(path, []), spec.shape, where, kind)
         return hold(path, found) if hold else found
 
     return unflatten({path: parameter(path) for path in flat})
@@ -131,6 +132,8 @@ def _fill(
         return
     if part.transposed:
         target, bounds = target.T, bounds[::-1]
+    elif len(part.shape) > len(part.size):
+        target, bounds = target[None], ((0, 1), *bounds)
     (first, last), inner = bounds[0], bounds[1:]
     columns = tuple(
         slice(start + o, stop + o) for (start, stop), o in zip(inner, part.offset[1:], strict=True)
@@ -188,7 +191,8 @@ def _piece(leaf: Array, part: Part, cfg: ModelConfig) -> np.ndarray:
     if cfg.rope_interleaved and cfg.positions == "rope":
         if re.search(r"attn/[qk](/w|/bias|_norm/scale)$", part.path):
             values = halves(values, cfg)
-    return values.T if part.transposed else values
+    values = values.T if part.transposed else values
+    return values[None] if len(part.shape) > len(part.size) else values
 
 
 def halves(values: np.ndarray, cfg: ModelConfig) -> np.ndarray:

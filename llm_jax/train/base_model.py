@@ -70,11 +70,11 @@ def adopt(cfg: TrainConfig, path: str | Path, asked: Iterable[str] = ()) -> None
         path = folder / str(step)
         base = checkpoint.load_config(path)
         model, adds_bos = configs.thaw(base.model), base.data.add_bos
-        if model.head != "lm" and cfg.model.head == "lm":
-            raise ValueError(
-                f"--init_from={path} is a reward model, which writes no text; give a language model"
-            )
         ends, stop = base.tokenizer.end_tokens, base.tokenizer.stop
+    if model.head != "lm" and cfg.model.head == "lm":
+        raise ValueError(
+            f"--init_from={path} is a reward model, which writes no text; give a language model"
+        )
     for name in RECIPES:
         setattr(model, name, getattr(cfg.model, name))
     experts: MoEConfig = model.moe
@@ -101,7 +101,8 @@ def keep_tokenizer(tokenizer: Any, workdir: Path) -> str:
 def specs_of(path: str | Path, model: ModelConfig) -> PyTree:
     """The specs of the model at `path`: those of `model`, but for its head."""
     own = configs.thaw(model)
-    own.head = "lm" if pretrained.kind(path) else checkpoint.load_config(path).model.head
+    theirs = pretrained.load(path, None) if pretrained.kind(path) else checkpoint.load_config(path)
+    own.head = theirs.model.head
     return models.family(own.family).specs(configs.freeze(own))
 
 

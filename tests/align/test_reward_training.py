@@ -11,6 +11,7 @@ import llm_jax
 from llm_jax.align import rewards
 from llm_jax.align.reward import probe, training
 from llm_jax.train import checkpoint
+from llm_jax.types import Batch
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,31 @@ def test_the_saved_model_judges_as_it_was_measured(tuned, rows):
     longer = [talk[0], {"role": "assistant", "content": "good cat " * 5}]
     alone, among = judge([talk]), judge([longer, talk, longer])  # padding changes nothing
     assert among[1] == pytest.approx(alone[0], rel=1e-5)
+
+
+def test_it_leaves_for_transformers_and_comes_back(tuned, rows, tmp_path):
+    workdir, _ = tuned
+    notes = llm_jax.load(workdir).export(tmp_path / "hf")
+    bias = float(llm_jax.load(workdir).params["reward"]["bias"])
+    assert bias == 0.0 or any("rewards are less by" in note for note in notes)
+    for ours, theirs in zip(held_out_scores(workdir, rows), held_out_scores(tmp_path / "hf", rows)):
+        np.testing.assert_allclose(theirs, ours - bias, atol=1e-5)
+    card = (tmp_path / "hf/README.md").read_text()
+    assert "AutoModelForSequenceClassification" in card and "'<|im_end|>'" in card
+    # One of others is read at the last token that the template writes, a line break here.
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    del config["reward_read_at"]
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    judge, told = rewards.load(tmp_path / "hf"), [{"role": "user", "content": "a"}]
+    told.append({"role": "assistant", "content": "b"})
+    ids = llm_jax.load(workdir).tokenizer.apply_chat_template(told, tokenize=True)
+    last = rewards._last(
+        judge.params,
+        Batch(tokens=np.array([ids]), segments=np.ones((1, len(ids)), np.int32)),
+        np.array([len(ids) - 1]),
+        judge.config,
+    )
+    np.testing.assert_allclose(judge([told]), np.asarray(last), atol=1e-5)
 
 
 def test_a_reward_model_writes_no_text(tuned, base):
