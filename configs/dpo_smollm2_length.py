@@ -3,8 +3,8 @@
     python -m experiments.dpo --config=configs/dpo_smollm2_length.py \\
         --init_from=SmolLM2-135M-Instruct.gguf --input=hh-harmless.jsonl.gz --workdir=runs/rdpo
 
-A pair's logit is less by length_penalty for each token that the preferred answer has more, so that
-length is not what is learned from it.
+A token costs length_penalty in the reward that is maximised, so that what pairs say of length alone is
+not learned from them.
 """
 
 from configs import dpo_smollm2

@@ -27,6 +27,9 @@ _ANSWERS = flags.DEFINE_integer("answers", 4, "answers drawn to each", lower_bou
 _HELD_OUT = flags.DEFINE_integer("held_out", 32, "prompts that are only judged", lower_bound=1)
 _TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "of an answer", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "of the answers that are learned from")
+_PENALTY = flags.DEFINE_float(
+    "missing_end_penalty", 0.0, "off the score of an answer that --max_new_tokens cut off"
+)
 _REFERENCE = flags.DEFINE_enum(
     "reference", "start", ["start", "previous"], "what a round's policy is held to"
 )
@@ -49,6 +52,7 @@ def main(argv: list[str]) -> None:
             held_out=_HELD_OUT.value,
             max_new_tokens=_TOKENS.value,
             temperature=_TEMPERATURE.value,
+            missing_end_penalty=_PENALTY.value,
             reference=_REFERENCE.value,
             seed=cfg.seed,
         )

@@ -15,6 +15,7 @@ from llm_jax.align.judgements import Judged
 from llm_jax.config import TrainConfig
 from llm_jax.data.comparisons import Comparisons
 from llm_jax.data.packing import answer_ids
+from llm_jax.data.prepare import TRAIN
 from llm_jax.types import Array, Batch, Loss, PyTree
 
 # (whole parameter tree, batch) -> (the loss, a number for each answer [R, A])
@@ -32,8 +33,7 @@ class HeldOut:
         self._said, self._tokens = corpus.held_out, corpus.evaluation
         # Of this process alone: it is asked for its plan, not for batches.
         self._batches = corpus.eval_batches(cfg)
-        first = corpus.parts()[0]
-        self._shorter = first["shorter preferred"] >= 0.5
+        self._shorter = summary_rows(corpus)["train_shorter_preferred"] >= 0.5
         self._step = jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()))
         self.judged: Judged | None = None
         self._seen = np.zeros(0, int)
@@ -42,6 +42,7 @@ class HeldOut:
         """eval_loss, and what `judgements.measure` finds (of single answers without a judgement, the
         loss's own metrics)."""
         total, scores = None, np.full(len(self._said), math.nan)
+        seen_N = np.zeros(len(self._said), bool)
         plan, chosen = self._batches.plan, self._batches.chosen
         size = self._batches.batch_size
         for i, batch in enumerate(batches):
@@ -54,12 +55,16 @@ class HeldOut:
                 ids_BxA = answer_ids(self._tokens, plan, rows)
                 real = ids_BxA >= 0
                 scores[ids_BxA[real]] = np.asarray(said_RxA)[: len(rows)][real]
+                seen_N[ids_BxA[real]] = True
         terms, metrics = jax.device_get(total)
         loss = Loss(terms, scales)
         found = {"eval_loss": float(loss.value())}
         if not len(scores):
             return found | {f"eval/{name}": float(m.value()) for name, m in metrics.items()}
-        self._seen = np.flatnonzero(~np.isnan(scores))
+        self._seen = np.flatnonzero(seen_N)
+        if not np.isfinite(scores[self._seen]).all():
+            self.judged = None
+            return found | {"eval/not_finite": float((~np.isfinite(scores[self._seen])).sum())}
         said = [self._said[i] for i in self._seen]
         self.judged = Judged(
             scores[self._seen],
@@ -78,6 +83,9 @@ class HeldOut:
 
 def summary_rows(corpus: Comparisons) -> dict[str, Any]:
     """What the data says of length, for a run's summary."""
-    first = corpus.parts()[0]
-    names = ("prompts", "answers", "pairs", "shorter preferred")
-    return {f"train_{name.replace(' ', '_')}": first[name] for name in names}
+    parts = [part for part in corpus.parts() if part["part"].startswith(TRAIN)]
+    found = {
+        f"train_{name}": sum(p[name] for p in parts) for name in ("prompts", "answers", "pairs")
+    }
+    shorter = sum(p["shorter preferred"] * p["pairs"] for p in parts)
+    return found | {"train_shorter_preferred": shorter / max(found["train_pairs"], 1)}

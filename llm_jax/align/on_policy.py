@@ -5,6 +5,7 @@ optimises on the best against the worst of each prompt. A round is a run in a fo
 same command again goes on in the round that was interrupted.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from llm_jax.align.judges import Judge
 from llm_jax.align.policies import Policy
 from llm_jax.align.win_rate import win_rate
 from llm_jax.config import MeshConfig, TrainConfig
+from llm_jax.data.chat_corpus import with_system
 from llm_jax.eval.output import write_json
 from llm_jax.eval.uncertainty import standard_error
 from llm_jax.train import base_model
@@ -41,6 +43,7 @@ class Options:
     held_out: int = 32  # prompts that no round uses, answered after each
     max_new_tokens: int = 64
     temperature: float = 1.0
+    missing_end_penalty: float = 0.0  # off the score of an answer that max_new_tokens cut off
     batch_size: int = 32  # answers drawn at a time
     # What each round's policy is held to: the model of the start, or that of the round before
     reference: str = "start"
@@ -74,6 +77,8 @@ def run(
         answer to any other, and what `training.train` raises.
     """
     workdir = Path(workdir)
+    _check(cfg, options)
+    prompts = [with_system(prompt, cfg.data.dialogue.system) for prompt in prompts]
     need = options.held_out + options.prompts
     if len(prompts) < need:
         raise ValueError(
@@ -84,7 +89,9 @@ def run(
     training.check(cfg)
     workdir.mkdir(parents=True, exist_ok=True)
     start = cfg.checkpoint.init_from
-    _same_settings(workdir, {**asdict(options), "judge": judged_by, "start": start})
+    settings = {**asdict(options), "judge": judged_by, "start": start}
+    settings |= {"prompts read": _digest(prompts), "recipe": _digest(configs.to_dict(cfg))}
+    _same_settings(workdir, settings)
     held_out, rest = prompts[: options.held_out], prompts[options.held_out :]
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     first = policies.load(start, mesh, like=cfg)
@@ -102,6 +109,33 @@ def run(
         del policy
         _write(workdir, rows, judged_by)
     return {"rounds": rows}
+
+
+def _check(cfg: TrainConfig, options: Options) -> None:
+    """Raises ValueError for recipes that would fail, or mean something else, after hours."""
+    if jax.process_count() > 1:
+        raise ValueError("experiments.align draws its answers in one process; drop --distributed")
+    if cfg.peft.method not in ("none", "lora"):
+        raise ValueError(
+            f"peft.method={cfg.peft.method} is no change of the parameters that the next round could "
+            "start from; use lora or none"
+        )
+    if cfg.dpo.reference_path:
+        raise ValueError("--reference says what a round is held to; drop dpo.reference_path")
+    if cfg.dpo.reference == "adapter" and options.reference == "start":
+        raise ValueError(
+            "dpo.reference=adapter is the model that a round starts from; use --reference=previous, or "
+            "dpo.reference=cached"
+        )
+    if cfg.data.eval_inputs or cfg.data.sources:
+        raise ValueError(
+            "the prompts that are only judged are the first --held_out of --input; drop --eval_input "
+            "(data.eval_inputs) and data.sources"
+        )
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _same_settings(workdir: Path, settings: dict[str, Any]) -> None:
@@ -145,6 +179,8 @@ def _draw(
         batch_size=options.batch_size,
     )
     scores_PxN = judges.score(judge, prompts, [[a.text for a in group] for group in drawn])
+    ended_PxN = np.array([[a.finish_reason == "stop" for a in group] for group in drawn])
+    scores_PxN = scores_PxN - options.missing_end_penalty * ~ended_PxN
     pairs, rows = [], []
     for prompt, group, own in zip(prompts, drawn, scores_PxN, strict=True):
         texts = [a.text for a in group]
@@ -163,8 +199,8 @@ def _draw(
     _lines(folder / ANSWERS, rows)
     if not pairs:
         raise ValueError(
-            f"round {number}: the judge prefers no answer to another one of the same prompt; draw more "
-            "(--answers), or use another --judge"
+            f"round {number}: the judge prefers no answer to another one of the same prompt; in another "
+            "--workdir draw more (--answers), or use another --judge"
         )
     _lines(folder / PAIRS, pairs)
 
@@ -177,6 +213,7 @@ def _optimise(
     own.seed = options.seed + number
     own.data.inputs, own.data.sources = (str(folder / PAIRS),), ()
     own.data.eval_inputs, own.data.eval_fraction = (), 0.0
+    own.data.preference.layout = "auto"
     own.eval.sample_tokens = own.dpo.sample_prompts = 0
     own.checkpoint.init_from, own.tokenizer.path = before, ""
     base_model.adopt(own, before)
@@ -224,6 +261,7 @@ def _measured(
         "score": float(own.mean()),
         "score_stderr": standard_error(own),
         "tokens": float(np.mean([len(group[0].tokens) for group in drawn])),
+        "cut_off": float(np.mean([group[0].finish_reason == "length" for group in drawn])),
     }
     if policy is not first:
         ids = rollout.prompt_ids(policy, held_out)

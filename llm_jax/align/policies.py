@@ -37,7 +37,7 @@ def load(path: str | Path, mesh: Any, *, like: TrainConfig) -> Policy:
       FileNotFoundError, ValueError: as `llm_jax.load` does; a reward model.
     """
     with jax.set_mesh(mesh):
-        found = companion.load(path, mesh)
+        found = companion.load(path, mesh, like=like.model)
     config = configs.thaw(like)
     base_model.adopt(config, path)
     config.model = found.cfg

@@ -51,10 +51,11 @@ def mean_win_rate(won_P: Any, *, seed: int = 0) -> WinRate:
         raise ValueError("the interval of a win rate needs two prompts at least")
     found = paired_bootstrap(won, np.full(len(won), 0.5), seed=seed)
     rate = float(won.mean())
-    low, high = found.low + 0.5, found.high + 0.5
     if rate in (0.0, 1.0):  # prompts that all went one way show a bootstrap no spread
-        low, high = wilson(round(rate * len(won)), len(won))
-    return WinRate(rate, low, high, found.p_value)
+        return WinRate(
+            rate, *wilson(round(rate * len(won)), len(won)), mcnemar(won == 1, won == 0)[0]
+        )
+    return WinRate(rate, found.low + 0.5, found.high + 0.5, found.p_value)
 
 
 def _groups(scores: Any) -> np.ndarray:

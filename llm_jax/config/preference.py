@@ -33,12 +33,12 @@ class DirectConfig(Config):
     """Direct preference optimisation (llm_jax/align/direct)."""
 
     loss: str = "dpo"  # dpo | robust | ipo | hinge | kto | orpo | simpo
-    beta: float = 0.1  # ipo: tau
+    beta: float = 0.1  # ipo: tau; orpo: lambda; simpo: its own, 2 is usual
     label_smoothing: float = 0.0  # share of the labels that is taken to be wrong (dpo: cDPO)
     per_token: bool = False  # mean log-ratios: length-normalised DPO, IPO as TRL has it
-    length_penalty: float = 0.0  # times the tokens that the preferred answer has more (R-DPO)
+    length_penalty: float = 0.0  # what a token costs in the reward that is maximised (R-DPO)
     sft: float = 0.0  # times the preferred answers' cross-entropy
-    gamma: float = 0.5  # simpo: the reward that the preferred answer has to be ahead by
+    gamma: float = 0.5  # simpo: the logit that the preferred answer has to be ahead by
     desirable: float = 1.0  # kto: weight of answers that are
     undesirable: float = 1.0  # kto: of those that are not
     # Where the reference's log-probabilities come from: cached (computed once, then it is gone) |

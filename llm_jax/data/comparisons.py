@@ -5,7 +5,6 @@ far as it fits into a row. All processes make all of it in memory; the first wri
 what was left out, as for conversations.
 """
 
-import itertools
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llm_jax.config import DataConfig, DialogueConfig, TokenizerConfig
-from llm_jax.data import branches, preferences
-from llm_jax.data.branches import Document
+from llm_jax.config import DataConfig, TokenizerConfig
+from llm_jax.data import answer_documents, branches, preferences
+from llm_jax.data.answer_documents import Made, Said, Wanted
 from llm_jax.data.chat_corpus import (
     ChatCorpus,
     by_rule,
@@ -34,25 +33,7 @@ from llm_jax.data.rendering import Renderer
 from llm_jax.data.tokens import Tokens, dtype_of
 from llm_jax.types import OTHERS
 
-
-class Wanted(NamedTuple):
-    """What a run makes of answers."""
-
-    reads: str = (
-        "answers"  # "answers": their tokens are targets; "ends": their last tokens are read
-    )
-    pairs: bool = True  # answers without another to compare them with are of no use
-    others: bool = False  # each document gets an answer to another prompt (KTO)
-
-
-class Said(NamedTuple):
-    """One held-out answer, for reports."""
-
-    prompt: tuple[dict[str, Any], ...]
-    answer: tuple[dict[str, Any], ...]
-    group: int  # answers that are compared share it
-    label: float
-    tokens: int  # that a model is to write
+LEFT_OUT = ("too long", "untrained", "unwritten", "equal answers", "not judged")
 
 
 class Comparisons(ChatCorpus):
@@ -75,13 +56,6 @@ class _Part(NamedTuple):
     name: str  # of the source; "" for eval_inputs
     rows: list[Preference]
     rejected: list[Rejected]
-
-
-class _Answer(NamedTuple):
-    """A whole conversation in tokens; `trained` are those of the answer."""
-
-    ids: np.ndarray
-    trained: np.ndarray
 
 
 def prepare_preferences(
@@ -131,21 +105,20 @@ def prepare_preferences(
     )
     used = keep_tokenizer(root, told, template, chat_format, tokenizer, now, writer)
     renderer = Renderer(used, now=now)
-    made: list[tuple[_Part, list[Document], list[Said], dict[str, Any]]] = []
+    made: list[tuple[_Part, Made, dict[str, Any]]] = []
     left_out: list[Rejected] = []
     for part in found:
         name = f"{part.kind} {part.name}" if data.sources and part.name else part.kind
-        documents, said, unfit = _documents(part.rows, renderer, data, length, wanted)
-        refused = [r for r in unfit if r.rule.startswith("refused")]
-        left_out += [r for r in unfit if not r.rule.startswith("refused")]
+        own = answer_documents.make(part.rows, renderer, data, length, wanted)
+        refused = [r for r in own.unfit if r.rule.startswith("refused")]
+        left_out += [r for r in own.unfit if not r.rule.startswith("refused")]
         rejected += refused
-        counts = _counts(name, documents, unfit, len(part.rejected) + len(refused), data)
-        made.append((part, documents, said, counts))
+        made.append((part, own, _counts(name, own, len(part.rejected) + len(refused), data)))
     settle(rejected, left_out, cfg, root, writer)
-    for _, _, _, counts in made:
+    for *_, counts in made:
         _check(counts, [*rejected, *left_out], wanted, length)
 
-    def laid(documents: list[Document], name: str) -> Tokens:
+    def laid(documents: Sequence[branches.Document], name: str) -> Tokens:
         stream = branches.lay(documents, shared=data.preference.shared_prompt)
         size = renderer.tokenizer.vocab_size
         return Tokens(
@@ -159,24 +132,23 @@ def prepare_preferences(
         )
 
     train = {
-        part.name: laid(documents, counts["part"])
-        for part, documents, _, counts in made
+        part.name: laid(own.documents, counts["part"])
+        for part, own, counts in made
         if part.kind == TRAIN
     }
-    held_out = [laid(d, c["part"]) for part, d, _, c in made if part.kind == EVAL]
+    held_out = [(own, counts["part"]) for part, own, counts in made if part.kind == EVAL]
     say_once(renderer, chat_format)
     corpus = Comparisons(
         renderer,
         root,
         [Component(s.name, train[s.name], s.weights) for s in sources_of(data)],
-        Tokens.concatenate(held_out) if held_out else None,
+        Tokens.concatenate([laid(own.documents, n) for own, n in held_out]) if held_out else None,
         system=cfg.system,
         parts=[counts for *_, counts in made],
         stop=chat_format.stop if chat_format else None,
     )
-    by_key = {row.key: row.prompt for part in found if part.kind == EVAL for row in part.rows}
-    corpus.asked = list(by_key.values())
-    corpus.held_out = _numbered(said for part, _, said, _ in made if part.kind == EVAL)
+    corpus.asked = [prompt for own, _ in held_out for prompt in own.asked]
+    corpus.held_out = _numbered(own.said for own, _ in held_out)
     return corpus
 
 
@@ -187,8 +159,6 @@ def _read(data: DataConfig) -> list[_Part]:
         layout, limit = data.preference.layout, data.dialogue.max_turn_chars
         return preferences.read(inputs, layout=layout, max_turn_chars=limit)
 
-    held_out = rows_of(data.eval_inputs) if data.eval_inputs else ([], [])
-    taken = {row.key for row in held_out[0]}
     found = []
     for source in sources_of(data):
         if source.text:
@@ -197,9 +167,7 @@ def _read(data: DataConfig) -> list[_Part]:
             )
         rows, rejected = rows_of(source.inputs)
         rest: list[Preference] = []
-        if data.eval_inputs:
-            rows = [row for row in rows if row.key not in taken]
-        elif rows and data.eval_fraction:
+        if rows and data.eval_fraction and not data.eval_inputs:
             rows, rest = preferences.split(
                 rows, data.eval_fraction, seed=data.preference.split_seed
             )
@@ -207,193 +175,23 @@ def _read(data: DataConfig) -> list[_Part]:
         if rest:
             found.append(_Part(EVAL, source.name, rest, []))
     if data.eval_inputs:
-        found.append(_Part(EVAL, "", *held_out))
-    return found
-
-
-# ------------------------------------------------------------------------------------- documents
-
-
-def _documents(
-    rows: list[Preference], renderer: Renderer, data: DataConfig, length: int, wanted: Wanted
-) -> tuple[list[Document], list[Said], list[Rejected]]:
-    """Rows as documents, what their answers are, and rows that cannot be used."""
-    shared, unfit = data.preference.shared_prompt, []
-    clusters: dict[Any, list[tuple[Preference, list[_Answer]]]] = {}
-    for number, row in enumerate(rows):
-        answers = _fitting(row, renderer, data, length, unfit)
-        if answers is not None:
-            # Rows that share their prompt share its tokens.
-            key = row.key if shared else number
-            clusters.setdefault(key, []).append((row, answers))
-    documents, said = [], []
-    for cluster in clusters.values():
-        start = 0
-        while start < len(cluster):
-            count = 1
-            document = _document(cluster[start : start + 1])
-            while start + count < len(cluster):
-                wider = _document(cluster[start : start + count + 1])
-                if branches.size(wider, shared=shared) > length:
-                    break
-                document, count = wider, count + 1
-            here = cluster[start : start + count]
-            documents.append(document)
-            flat = ((row, answer) for row, _ in here for answer in row.answers)
-            for (row, answer), group, label, counted in zip(
-                flat, document.groups, document.labels, document.counted, strict=True
-            ):
-                said.append(Said(row.prompt, answer, group, label, int(sum(counted))))
-            start += count
-    if wanted.others:
-        documents = _with_others(documents, length, shared)
-        said = []  # answers to other prompts are in between; KTO is not reported answer by answer
-    return documents, said, unfit
-
-
-def _document(rows: Sequence[tuple[Preference, list[_Answer]]]) -> Document:
-    """Rows with one prompt as one document.
-
-    The prompt is what all renderings begin with, up to the first token that is trained. Absolute
-    scores compare across rows, rankings within theirs.
-    """
-    answers = [answer for _, own in rows for answer in own]
-    n = min(int(np.argmax(a.trained)) for a in answers)
-    first = answers[0].ids[:n]
-    for other in answers[1:]:
-        differs = np.flatnonzero(first != other.ids[: len(first)])
-        first = first[: differs[0]] if len(differs) else first
-    n, groups, labels = len(first), [], []
-    for number, (row, _) in enumerate(rows, 1):
-        groups += [number if row.kind == "ranked" else 0] * len(row.answers)
-        labels += [float(x) for x in row.labels]
-    order = {g: i for i, g in enumerate(dict.fromkeys(groups), 1)}
-    groups = [order[g] for g in groups]
-    return Document(
-        first,
-        [a.ids[n:] for a in answers],
-        [a.trained[n:] for a in answers],
-        groups,
-        labels,
-    )
-
-
-def _fitting(
-    row: Preference, renderer: Renderer, data: DataConfig, length: int, unfit: list[Rejected]
-) -> list[_Answer] | None:
-    """A row's answers, short enough for one row of a batch; None, and a line in `unfit`, if they
-    cannot be used."""
-    cfg, shared = data.dialogue, data.preference.shared_prompt
-
-    def leave_out(rule: str, detail: str) -> None:
-        unfit.append(Rejected(row.source, row.line, rule, detail))
-
-    try:
-        answers = _rendered(row.prompt, row, renderer, cfg)
-    except (ValueError, RecursionError) as e:
-        return leave_out("refused by the template", str(e))
-    if not all(a.trained[1:].any() for a in answers):
-        return leave_out("unwritten", "an answer of which the template marks no word")
-    if not len(_document([(row, answers)]).prompt):
-        return leave_out("no prompt", "no token stands in front of the answers")
-    size = branches.size(_document([(row, answers)]), shared=shared)
-    if size > length and cfg.too_long == "drop":
-        return leave_out("too long", f"{size:,} tokens")
-    prompt = row.prompt
-    while size > length and cfg.too_long == "oldest":
-        prompt = _without_oldest(prompt)
-        if prompt is None:
-            break
-        answers = _rendered(prompt, row, renderer, cfg)
-        size = branches.size(_document([(row, answers)]), shared=shared)
-    if size > length:
-        document = _document([(row, answers)])
-        kept = _limits(document, length, shared)
-        n = len(document.prompt)
-        answers = [_Answer(a.ids[: n + k], a.trained[: n + k]) for a, k in zip(answers, kept)]
-        if min(kept) <= 0 or not all(a.trained.any() for a in answers):
-            return leave_out(
-                "untrained", f"a prompt of {n:,} tokens leaves no room for answers in {length:,}"
-            )
-    texts = [a.ids.tobytes() for a in answers]
-    if len(set(texts)) < len(texts):
-        return leave_out("equal answers", f"they differ after {length:,} tokens, or not at all")
-    return answers
-
-
-def _rendered(
-    prompt: Sequence[dict], row: Preference, renderer: Renderer, cfg: DialogueConfig
-) -> list[_Answer]:
-    """Whole conversations in tokens, up to the last that the model is to write."""
-    asked, answers = with_system(prompt, cfg.system), []
-    texts = [
-        renderer.spans([*asked, *answer], tools=row.tools, after=len(asked))
-        for answer in row.answers
+        found.append(_Part(EVAL, "", *rows_of(data.eval_inputs)))
+    # What one source holds out is not trained on from another.
+    held = {row.key for part in found if part.kind == EVAL for row in part.rows}
+    return [
+        part._replace(rows=[r for r in part.rows if part.kind == EVAL or r.key not in held])
+        for part in found
     ]
-    for ids, trained in renderer.encode(texts):
-        end = len(trained) - int(np.argmax(trained[::-1])) if trained.any() else len(trained)
-        answers.append(_Answer(ids[:end], trained[:end]))
-    return answers
-
-
-def _without_oldest(prompt: Sequence[dict]) -> tuple[dict, ...] | None:
-    """A prompt without its oldest exchange; None if one question is left."""
-    starts = [i for i, m in enumerate(prompt) if m["role"] == "user"]
-    if len(starts) < 2:
-        return None
-    lead = itertools.takewhile(lambda m: m["role"] == "system", prompt)
-    return (*lead, *prompt[starts[1] :])
-
-
-def _limits(document: Document, length: int, shared: bool) -> list[int]:
-    """How many tokens of each answer are kept, so that all fit: the longest lose first."""
-    n, sizes = len(document.answers), [len(a) for a in document.answers]
-    room = length - branches.size(document._replace(answers=[()] * n), shared=shared)
-    limit, left = 0, n
-    for size in sorted(sizes):
-        if size * left > room:
-            limit = room // left
-            break
-        room, left, limit = room - size, left - 1, size
-    return [min(size, limit) for size in sizes]
-
-
-def _with_others(documents: list[Document], length: int, shared: bool) -> list[Document]:
-    """Documents with an answer to the next one's prompt, cut to the room that is left."""
-    out = []
-    for document, other in zip(documents, [*documents[1:], *documents[:1]], strict=True):
-        # What was judged at all is 1 or 0: the better half of a pair, and the other.
-        best = {
-            g: max(x for h, x in zip(document.groups, document.labels) if h == g)
-            for g in document.groups
-        }
-        paired = len(set(document.labels)) > 1
-        labels = [
-            float(x == best[g]) if paired else float(x > 0)
-            for g, x in zip(document.groups, document.labels, strict=True)
-        ]
-        base = document._replace(labels=labels)
-        room = length - branches.size(base, shared=shared) - (1 if shared else len(base.prompt))
-        if room > 0 and other is not document:
-            base = base._replace(
-                answers=[*base.answers, other.answers[0][:room]],
-                counted=[*base.counted, other.counted[0][:room]],
-                groups=[*base.groups, 1],
-                labels=[*labels, OTHERS],
-            )
-        out.append(base)
-    return out
 
 
 # ---------------------------------------------------------------------------------------- counts
 
 
-def _counts(
-    name: str, documents: list[Document], unfit: list[Rejected], rejected: int, data: DataConfig
-) -> dict[str, Any]:
+def _counts(name: str, made: Made, rejected: int, data: DataConfig) -> dict[str, Any]:
     """A row of the report's table."""
+    documents = made.documents
     shared, ties = data.preference.shared_prompt, data.preference.ties
-    rules = Counter(r.rule for r in unfit)
+    rules = Counter(r.rule for r in made.unfit)
     pairs, shorter, lengths = 0, 0.0, {1: [], 0: []}
     for d in documents:
         sizes = [int(np.sum(c)) for c in d.counted]
@@ -421,8 +219,9 @@ def _counts(
         "preferred tokens": sum(lengths[1]) / decided,
         "other tokens": sum(lengths[0]) / decided,
         "shorter preferred": shorter / decided,
+        "cut answers": made.cut,
         "rejected": rejected,
-        **{rule: rules[rule] for rule in ("too long", "untrained", "unwritten", "equal answers")},
+        **{rule: rules[rule] for rule in LEFT_OUT},
     }
 
 
@@ -443,11 +242,9 @@ def _check(counts: dict[str, Any], left_out: list[Rejected], wanted: Wanted, len
 
 
 def _numbered(parts: Iterable[list[Said]]) -> list[Said]:
-    """All answers, with groups that are numbered through."""
-    out, number, last = [], -1, None
-    for said in itertools.chain.from_iterable(parts):
-        key = (said.prompt, said.group)
-        if key != last:
-            number, last = number + 1, key
-        out.append(said._replace(group=number))
+    """All answers, with groups that are numbered through from 0."""
+    out, before = [], -1
+    for part in parts:
+        out += [said._replace(group=said.group + before) for said in part]
+        before += max((said.group for said in part), default=0)
     return out

@@ -388,7 +388,9 @@ def eval_batches(
             )
             leaves = _merge([(real_B, found)])
         leaves = _with_bytes(leaves, lengths_V, [tokens])
-        return Batch(**{name: leaf[:, :width] for name, leaf in leaves.items()})
+        by_answer = ("groups", "labels")  # [B, A]; all others are [B, L]
+        short = {n: leaf if n in by_answer else leaf[:, :width] for n, leaf in leaves.items()}
+        return Batch(**short)
 
     return EvalBatches(make, batch_size, plan, chosen)
 

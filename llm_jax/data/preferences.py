@@ -3,16 +3,19 @@
     dialogues  {"chosen", "rejected"}: texts of "\\n\\nHuman: " and "\\n\\nAssistant: " turns, as
                Anthropic's HH has them, or lists of messages; the prompt is what they share
     judged     {"prompt", "completion" | "response" | "answer", "label": true | false}
-    pairs      {"prompt", "chosen", "rejected"}: texts, messages or lists of them; answers may
-               contain the prompt again
+    pairs      {"prompt", "chosen", "rejected"}: texts, messages or lists of them; answers in
+               messages may contain the prompt again
     rankings   {"prompt", "answers" | "responses" | "completions": [...]} and one of "ranks" (1 is
-               best), "scores" and "ratings" (higher is better), or none: best first
+               best), "scores" and "ratings" (higher is better), or none: best first. Answers may be
+               objects with their own, {"answer" | "response" | "completion" | "text", "rank" |
+               "score" | "rating" | "overall_score"}, as those of UltraFeedback and Nectar
     ratings    {"prompt", "completion" | "response" | "answer", "score" | "rating": number}
     sharegpt   {"conversations": [{"from", "value"}, ...], "chosen", "rejected"}
 
 A "question" or an "instruction" (with its "input") may stand in place of a "prompt", a "system" text
-before all, "tools" as in a conversation. Of two answers with "score_chosen" and "score_rejected" (or
-"chosen_score" and "rejected_score") these are the labels; with a "margin" it is that of the chosen
+before all, "tools" as in a conversation. A prompt of "Human:" and "Assistant:" turns is read as such.
+Of two answers with "score_chosen" and "score_rejected" (or "chosen_score" and "rejected_score", or
+"chosen-rating" and "rejected-rating") these are the labels; with a "margin" it is that of the chosen
 answer, and 0 the other's. A key whose value is null counts as absent.
 """
 
@@ -45,7 +48,7 @@ from llm_jax.data.conversations import (
 )
 
 LAYOUTS = ("dialogues", "judged", "pairs", "rankings", "ratings", "sharegpt")
-KINDS = ("ranked", "rated", "judged")
+KINDS = ("ranked", "judged", "rated")
 
 _PROMPT = ("prompt", "question", "instruction")
 _ANSWER = ("completion", "response", "answer")
@@ -61,7 +64,14 @@ _TOLD_BY = {
     "ratings": (_PROMPT, _ANSWER, ("score", "rating")),
 }
 _LARGEST = 1e38  # of a label: differences of two are still finite as float32
-_PAIR_SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
+_PAIR_SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen-rating", "rejected-rating"),
+)
+# Of an answer that is an object with a number of its own.
+_SAID = ("answer", "response", "completion", "text")
+_NUMBERS = {"rank": "ranks", "score": "scores", "rating": "ratings", "overall_score": "scores"}
 
 Messages = list[dict[str, Any]]
 
@@ -221,10 +231,14 @@ def parse(row: Any, layout: str = "auto", *, max_turn_chars: int = 200_000) -> P
     if used is None:
         wanted = "" if layout == "auto" else f", not those of {layout}"
         raise Malformed("unknown layout", f"its keys are {keys_of(row)}{wanted}")
+    if used == "rankings":
+        row = _plain(row)
     tools = tools_of(row)
     prompt, answers = _apart(_opening(row, used), _given(row, used), marked=used == "dialogues")
-    _check(prompt, answers, max_turn_chars)
     labels, kind = _labels(row, used, len(answers))
+    if used == "rankings":
+        answers, labels = _each_once(answers, labels)
+    _check(prompt, answers, max_turn_chars)
     # `sorted` is stable: of equal labels the first stays the first.
     order = sorted(range(len(answers)), key=lambda i: -labels[i])
     return Preference(
@@ -259,6 +273,10 @@ def _opening(row: dict, layout: str) -> Messages:
         key = _first(row, _PROMPT)
         if not isinstance(row[key], str):
             messages = _turns(row[key])
+        elif re.match(r"\s*Human:", row[key]):
+            messages = _marked("\n\n" + row[key].lstrip())
+            if messages[-1] == {"role": "assistant", "content": ""}:
+                messages.pop()  # the mark that an answer goes on from
         elif key == "prompt":
             messages = [{"role": "user", "content": row[key]}]
         else:
@@ -282,6 +300,28 @@ def _given(row: dict, layout: str) -> list[Any]:
     if len(row[key]) < 2:
         raise Malformed("one answer", f"{key!r} has {len(row[key])}")
     return row[key]
+
+
+def _plain(row: dict) -> dict:
+    """A ranking whose answers have their numbers with them -> one that has them in a list."""
+    key = _first(row, _ANSWERS)
+    given = row[key]
+    if not isinstance(given, list) or not all(
+        isinstance(a, dict) and _first(a, _SAID) for a in given
+    ):
+        return row
+    row = {**row, key: [a[_first(a, _SAID)] for a in given]}
+    for own, name in _NUMBERS.items():
+        if given and all(own in a for a in given):
+            return {**row, name: [a[own] for a in given]}
+    return row
+
+
+def _each_once(answers: list[Messages], labels: list[float]) -> tuple[list[Messages], list[float]]:
+    """Without repetitions of an answer that have its label: what samples of a model have."""
+    kept = {(_said(a), x): i for i, (a, x) in reversed(list(enumerate(zip(answers, labels))))}
+    places = sorted(kept.values()) if len(kept) > 1 else range(len(answers))
+    return [answers[i] for i in places], [labels[i] for i in places]
 
 
 def _turns(given: Any) -> Messages:

@@ -101,8 +101,9 @@ def differences(x_RxA: Array) -> Array:
 def pair_loss(kind: str, *, beta: float = 1.0) -> Callable[[Array], Array]:
     """What a pair costs whose preferred answer is ahead by h.
 
-    logistic: -log sigmoid(beta h) (Bradley & Terry 1952); hinge: max(0, 1 - beta h) (SLiC, Zhao et
-    al. 2023); ipo: (h - 1 / (2 beta))^2 (Azar et al. 2024, equation 17).
+    logistic: -log sigmoid(beta h) (Bradley & Terry 1952); hinge: max(0, 1 - beta h) (of log-ratios Liu
+    et al. 2024; SLiC, Zhao et al. 2023, has no reference); ipo: (h - 1 / (2 beta))^2 (Azar et al. 2024,
+    equation 17).
 
     Raises:
       ValueError: another kind.
@@ -257,11 +258,13 @@ def direct(
     """Direct preference optimisation: `pair_loss` of h = log-ratio of i minus log-ratio of j, where an
     answer's log-ratio is log pi(y|x) - log pi_ref(y|x) (Rafailov et al. 2023, equation 7).
 
-    `loss` is logistic (DPO), hinge (SLiC) or ipo. `per_token` divides each log-ratio by the answer's
-    tokens: length-normalised DPO (Meng et al. 2024, table 3), and IPO as TRL has it. `length_penalty`
-    takes that many times (tokens of i - tokens of j) off the logits (R-DPO, Park et al. 2024,
-    equation 9). `sft` adds so many times the preferred answers' cross-entropy a token (RPO, Pang et
-    al. 2024; a preferred answer counts in each of its pairs). `label_smoothing`, `robust`: `compared`.
+    `loss` is logistic (DPO), hinge or ipo. `per_token` divides each log-ratio by the answer's tokens:
+    length-normalised DPO (Lambert et al. 2024), and IPO as TRL has it. `length_penalty` is what a
+    token costs in the reward that is maximised (R-DPO, Park et al. 2024): that reward's optimum has
+    r = beta * log-ratio + length_penalty * tokens, so that a longer answer that is preferred is ahead
+    by so much already and has less to teach. `sft` adds so many times the preferred answers'
+    cross-entropy a token (RPO, Pang et al. 2024; a preferred answer counts in each of its pairs).
+    `label_smoothing`, `robust`: `compared`.
 
     Metrics: those of `pair_metrics` of the implicit rewards beta * log-ratio (a token, with
     `per_token`), and `chosen_nll`.
@@ -274,7 +277,7 @@ def direct(
         ratio = ratio / jnp.maximum(answers.tokens, 1.0)
     ahead = differences(ratio)
     if length_penalty:
-        ahead = ahead - length_penalty / beta * differences(answers.tokens)
+        ahead = ahead + length_penalty / beta * differences(answers.tokens)
     term = compared(
         ahead,
         pairs,

@@ -22,13 +22,20 @@ class Companion(NamedTuple):
     tokenizer: Any
 
 
-def describe(path: str | Path, head: str = "lm") -> tuple[ModelConfig, Any]:
+def describe(
+    path: str | Path, head: str = "lm", like: ModelConfig | None = None
+) -> tuple[ModelConfig, Any]:
     """(frozen config, tokenizer) of the model at `path`, without its parameters.
+
+    Args:
+      like: the model that says in which type and by which kernels it is computed; None: the defaults.
 
     Raises:
       ValueError: it has another head than `head`.
     """
     recipe = TrainConfig()
+    if like is not None:
+        recipe.model = configs.thaw(like)
     recipe.model.head = head
     base_model.adopt(recipe, path)
     cfg, tokenizer = recipe.model, base_model.load_tokenizer(path)
@@ -41,13 +48,19 @@ def describe(path: str | Path, head: str = "lm") -> tuple[ModelConfig, Any]:
     return configs.freeze(cfg), tokenizer
 
 
-def load(path: str | Path, mesh: jax.sharding.Mesh, head: str = "lm") -> Companion:
-    """The model at `path` (whatever `llm_jax.load` takes), its parameters cut for `mesh`.
+def load(
+    path: str | Path,
+    mesh: jax.sharding.Mesh,
+    head: str = "lm",
+    like: ModelConfig | None = None,
+) -> Companion:
+    """The model at `path` (whatever `llm_jax.load` takes), its parameters cut for `mesh`; `like` as
+    in `describe`.
 
     Raises:
       FileNotFoundError, ValueError: as `llm_jax.load` does.
     """
-    cfg, tokenizer = describe(path, head)
+    cfg, tokenizer = describe(path, head, like)
     model = models.family(cfg.family)
     specs = model.specs(cfg)
     params = model.cast(base_model.load_params(path, specs, mesh), cfg.dtype)

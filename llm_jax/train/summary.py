@@ -9,6 +9,7 @@ from typing import Any
 
 from llm_jax import report, sharding
 from llm_jax.config import TrainConfig
+from llm_jax.eval.output import write_json
 from llm_jax.nn import pipeline
 from llm_jax.nn.params import count
 from llm_jax.train.metrics import peak_memory
@@ -92,7 +93,7 @@ def write(
         "peak_memory_bytes": peak_memory(),
         **notes,
     }
-    (workdir / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_json(str(workdir / "summary.json"), result)
     compared = compare(result) if compare else []
     write_report(workdir, cfg, result, metrics, corpus, compared, blocks)
     return result

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llm_jax import config as configs
-from llm_jax.config import DataConfig, TokenizerConfig
+from llm_jax.config import DataConfig, SourceConfig, TokenizerConfig
 from llm_jax.data.comparisons import OTHERS, Wanted, prepare_preferences
 from llm_jax.data.packing import make_plan, packed_rows
 
@@ -123,6 +123,7 @@ def test_the_longest_answers_lose_first(tmp_path):
     assert rejected == "\n" + "b" * 8 + "<|im_end|>"
     assert chosen == "\n" + "a" * (50 + 1 - 20)  # its end is lost with it
     assert corpus.train[0].tokens.total == whole - 20
+    assert corpus.parts()[0]["cut answers"] == 1
 
 
 def test_the_oldest_exchanges_go(tmp_path):
@@ -204,6 +205,98 @@ def test_kto_gets_an_answer_to_another_prompt(tmp_path):
     ]
     pairs = prepared(tmp_path, PAIRS, wanted=Wanted(pairs=False, others=True))
     assert pairs.train[0].tokens.branches.label_A[:3].tolist() == [1, 0, F]
+
+
+KTO = Wanted(pairs=False, others=True)
+
+
+def test_kto_takes_no_score_for_a_judgement(tmp_path):
+    rows = [
+        {"prompt": "A?", "completion": "alone", "score": 4},
+        {"prompt": "B?", "chosen": "x", "rejected": "y", "margin": 0},
+        {"prompt": "C?", "completion": "c1", "score": 4},
+        {"prompt": "C?", "completion": "c2", "score": 3},
+        {"prompt": "C?", "chosen": "c3", "rejected": "c4"},
+        {"prompt": "C?", "completion": "c5", "label": False},
+    ]
+    corpus = prepared(tmp_path, rows, wanted=KTO)
+    tokens = corpus.train[0].tokens
+    assert texts(corpus, tokens, 0)[1] == [f"\nc{i}<|im_end|>" for i in (1, 2, 5, 3, 4)]
+    assert tokens.branches.label_A.tolist() == [1, 0, 0, 1, 0]
+    assert [(r["line"], r["rule"]) for r in left_out(tmp_path)] == [
+        (1, "not judged"),
+        (2, "not judged"),
+    ]
+    with pytest.raises(ValueError, match=r"1 not judged, the first .*: not judged: kto needs true"):
+        prepared(tmp_path, rows[:1], wanted=KTO)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_ktos_other_answer_is_to_another_prompt(tmp_path, shared):
+    """Pairs of one prompt, which do not fit into a row together, and one of another."""
+    rows = [{"prompt": "Same?", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(3)]
+    rows.append({"prompt": "Other?", "chosen": "z", "rejected": "q"})
+    changes = {"preference.shared_prompt": shared}
+    one = prepared(tmp_path, rows[:1], **changes).train[0].tokens.total
+    # Room for a pair and an answer to another prompt, and not for two pairs.
+    length = one + (8 if shared else one // 2 + 2)
+    corpus = prepared(tmp_path, rows, wanted=KTO, length=length, **changes)
+    tokens, others = corpus.train[0].tokens, []
+    for d in range(tokens.documents):
+        told = texts(corpus, tokens, d)[1]
+        others.append(("Same?" if "yes" in told[0] else "Other?", "z" in told[-1]))
+    assert others[-1] == ("Other?", False) and len(others) > 2
+    assert all(other for prompt, other in others[:-1])
+
+
+def test_scores_are_compared_across_rows_without_a_shared_prompt(tmp_path):
+    rows = [{"prompt": "Q?", "completion": f"a {i}", "score": i} for i in range(3)]
+    corpus = prepared(tmp_path, rows, **{"preference.shared_prompt": False})
+    assert corpus.parts()[0]["pairs"] == 3
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_held_out_groups_are_those_that_are_compared(tmp_path, shared):
+    """Rows of one prompt of every kind, in any order, in one document or several."""
+    rows = [
+        {"prompt": "Q?", "completion": "s1", "score": 3},
+        {"prompt": "Q?", "chosen": "a", "rejected": "b"},
+        {"prompt": "Q?", "completion": "j1", "label": True},
+        {"prompt": "Q?", "chosen": "c", "rejected": "d"},
+        {"prompt": "Q?", "completion": "s2", "score": 2},
+        {"prompt": "Q?", "completion": "j2", "label": False},
+    ]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus = prepared(
+        tmp_path,
+        PAIRS,
+        length=200,
+        eval_inputs=(str(tmp_path / "held.jsonl"),),
+        **{"preference.shared_prompt": shared},
+    )
+    of_group = {}
+    for said in corpus.held_out:
+        of_group.setdefault(said.group, set()).add(said.answer[0]["content"])
+    wanted = [{"s1", "s2"}, {"j1", "j2"}, {"a", "b"}, {"c", "d"}]
+    assert sorted(map(sorted, of_group.values())) == sorted(map(sorted, wanted))
+    groups = [said.group for said in corpus.held_out]
+    assert groups == sorted(groups)  # side by side
+
+
+def test_what_one_source_holds_out_another_does_not_train_on(tmp_path):
+    for name in ("one", "two"):
+        lines = [json.dumps({**row, "chosen": f"{name} {row['chosen']}"}) for row in PAIRS]
+        lines = lines if name == "one" else lines[::-1]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    sources = tuple(
+        SourceConfig(name=n, inputs=(str(tmp_path / f"{n}.jsonl"),)) for n in ("one", "two")
+    )
+    corpus = prepared(tmp_path, PAIRS, inputs=(), sources=sources, eval_fraction=0.1)
+    held_out = {prompt[-1]["content"] for prompt in corpus.asked}
+    assert held_out == {"Question 18?", "Question 19?", "Question 0?", "Question 1?"}
+    for part in corpus.train:
+        told = [texts(corpus, part.tokens, d)[0] for d in range(part.tokens.documents)]
+        assert len(told) == 16 and not any(prompt in text for prompt in held_out for text in told)
 
 
 def test_held_out_answers_are_in_the_order_of_the_tokens(tmp_path):

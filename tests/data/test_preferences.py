@@ -116,6 +116,21 @@ ROWS = {
         (9, 0.5, 0.5), "rated",
     ),
     "rankings, ratings": ({"question": "a", "answers": ["b", "c"], "ratings": [1, 2]}, A, "cb", (2, 1), "rated"),
+    "rankings, as Nectar has them": (
+        ranking({"answer": "b", "rank": 2}, {"answer": "c", "rank": 1.0}, prompt="\n\nHuman: a\n\nAssistant: "), A,
+        "cb", (-1, -2), "ranked",
+    ),
+    "rankings, as UltraFeedback has them": (
+        {"instruction": "a", "completions": [{"response": r, "overall_score": s} for r, s in (("b", 7), ("c", 8.5))]},
+        A, "cb", (8.5, 7), "rated",
+    ),
+    "rankings, an answer drawn twice": (
+        {"prompt": "a", "answers": list("bcbd"), "scores": [1, 0, 1, 0]}, A, "bcd", (1, 0, 0), "rated",
+    ),
+    "pairs, a prompt of marked turns": (
+        pair("d", "e", "\n\nHuman: a\n\nAssistant: b\n\nHuman: c"), [*A, *BC], "de", *RANKED,
+    ),
+    "pairs, ratings": (pair(**{"chosen-rating": 5, "rejected-rating": 4}), A, "bc", (5, 4), "rated"),
     "ratings": ({"prompt": "a", "completion": "b", "score": 3}, A, "b", (3,), "rated"),
     "ratings, rating": ({"prompt": "a", "answer": "b", "rating": -0.5}, A, "b", (-0.5,), "rated"),
     "ratings, the prompt again": (

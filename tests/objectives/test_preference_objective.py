@@ -120,8 +120,8 @@ def test_the_reference_and_the_length_by_hand():
     close(value(direct, batch, policy), softplus(-0.1 * h))
     a_token = 0.5 - 1  # the longer answer is behind
     close(value(direct, batch, policy, per_token=True), softplus(-0.1 * a_token))
-    # R-DPO: 0.02 (3 - 1) off the logit, not off h, which would give 0.1 (h - 0.04)
-    close(value(direct, batch, policy, length_penalty=0.02), softplus(-(0.1 * h - 0.04)))
+    # R-DPO: 0.02 (3 - 1) is on the logit, not on h, which would give 0.1 (h + 0.04)
+    close(value(direct, batch, policy, length_penalty=0.02), softplus(-(0.1 * h + 0.04)))
     close(value(direct, batch, policy, sft=2.0), softplus(-0.1 * h) + 2 * 1.0)  # a token, not 3
     metrics = run(direct, batch, policy).metrics
     expected = {"margin": 0.1 * h, "chosen": 0.15, "rejected": 0.1, "pair_accuracy": 1}
@@ -439,6 +439,26 @@ def test_plain_rows_are_pairs_whose_first_is_preferred():
 
 
 # ------------------------------------------------------------------------------- where the losses lead
+
+
+def test_a_token_costs_its_price_at_the_optimum():
+    """R-DPO on answers of three tokens and one: pi_ref exp((r - price * tokens) / beta) / Z."""
+    beta, price, p = 0.5, 0.3, 0.8
+    labels = jnp.array([[1, 0]] * 8 + [[0, 1]] * 2)
+    tokens = [[3, 1]] * 10
+    batch = batch_of(np.ones((10, 2), int), labels, tokens=tokens)
+    batch = batch.replace(ref_log_probs=jnp.zeros_like(batch.weights))
+
+    def objective(h):  # the log-ratio of the first answer, spread over its tokens; of the other 0
+        log_probs = jnp.tile(jnp.array([[h / 3, h / 3, h / 3, 0.0]]), (10, 1))
+        return direct(Scores(log_probs=log_probs), batch, beta=beta, length_penalty=price).value()
+
+    grid = np.linspace(-6, 6, 2401)
+    best = grid[np.argmin([objective(h) for h in grid[::40]]) * 40]
+    near = grid[np.abs(grid - best) < 0.3]
+    found = near[np.argmin([objective(h) for h in near])]
+    r = math.log(p / (1 - p))
+    assert found == pytest.approx((r - price * 2) / beta, abs=0.01)
 
 
 @pytest.mark.parametrize("loss", ["logistic", "ipo"])

@@ -23,7 +23,12 @@ class Generated:
 
     def __init__(self, cfg: TrainConfig, corpus: Comparisons, mesh: Any, start: str):
         self._cfg, self._corpus, self._mesh, self._start = cfg, corpus, mesh, start
-        self._prompts = corpus.prompts(cfg.dpo.sample_prompts)
+        prompts = corpus.prompts(cfg.dpo.sample_prompts)
+        if cfg.model.positions == "learned" and prompts:  # a prompt without room is not asked
+            room = cfg.model.max_length - cfg.dpo.sample_tokens
+            sized = zip(prompts, rollout.prompt_ids(corpus, prompts), strict=True)
+            prompts = [prompt for prompt, ids in sized if len(ids) <= room]
+        self._prompts = prompts
 
     def compare(self, params: PyTree) -> tuple[dict[str, Any], list[report.Block]]:
         """Rows for the summary, and a table with answers for the report; nothing with several
@@ -31,7 +36,7 @@ class Generated:
         if not self._prompts or jax.process_count() > 1:
             return {}, []
         tuned = self._cfg.peft.method != "none" and not self._cfg.peft.also
-        before = lora.detach(params) if tuned else companion.load(self._start, self._mesh).params
+        before = lora.detach(params) if tuned else self._at_start()
         first = self._answers(before)
         last = self._answers(params)
         ids = rollout.prompt_ids(self._model(params), self._prompts)
@@ -56,6 +61,9 @@ class Generated:
             text = f"{prompt[-1]['content']}\n\n[before] {old[0].text}\n\n[after] {new[0].text}"
             blocks.append(report.Code(text))
         return found, blocks
+
+    def _at_start(self) -> PyTree:
+        return companion.load(self._start, self._mesh, like=self._cfg.model).params
 
     def _answers(self, params: PyTree) -> list[list[rollout.Answer]]:
         return rollout.sample(

@@ -147,11 +147,11 @@ def make_task(cfg: TrainConfig, mesh: jax.sharding.Mesh, corpus: Comparisons, lo
     second, notes = None, {"reference": kind, **summary_rows(corpus)}
     prepare = Task.prepare
     if kind in ("cached", "model"):
-        second = companion.load(path, mesh)
+        second = companion.load(path, mesh, like=cfg.model)
         reference.check(second, path, cfg, corpus)
-    if kind == "cached":
         # A run that goes on has to go on with the same reference.
         loader.identity["reference"] = fingerprint(second.params)
+    if kind == "cached":
         needed, second = [second], None
 
         def prepare() -> None:  # and lets go of the second model
@@ -166,7 +166,7 @@ def make_task(cfg: TrainConfig, mesh: jax.sharding.Mesh, corpus: Comparisons, lo
         return objective(scores, batch, cfg), implicit_rewards(scores, batch, cfg)
 
     held_out = HeldOut(cfg, corpus, mesh, step) if corpus.evaluation is not None else None
-    answers = generated.Generated(cfg, corpus, mesh, path)
+    answers = generated.Generated(cfg, corpus, mesh, cfg.checkpoint.init_from)
 
     def finish(params: PyTree) -> tuple[dict[str, Any], list]:
         found, blocks = answers.compare(params)

@@ -61,7 +61,7 @@ def in_words(annotator: Mapping[str, Any]) -> str:
     """Which annotator: what differs from plain noise is named."""
     words = [f"{annotator['kind']} noise {annotator['noise']:g}"]
     if annotator["careless"]:
-        words.append(f"{annotator['careless']:.0%} careless")
+        words.append(f"{100 * annotator['careless']:g}% careless")
     if annotator["fatigue"]:
         words.append(f"fatigue {annotator['fatigue']:g}")
     return ", ".join(words)

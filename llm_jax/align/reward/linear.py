@@ -108,14 +108,21 @@ def _batch(answers: Answers) -> tuple[Batch, np.ndarray, np.ndarray]:
 
 
 def choose(answers: Answers, cfg: TrainConfig) -> tuple[float, list[dict[str, float]]]:
-    """The l2 of STRENGTHS with the lowest held-out loss, in FOLDS folds of prompts; and what was
-    seen of each."""
-    fold_N = (
-        np.random.default_rng(cfg.seed).permutation(answers.prompts_N[-1] + 1)[answers.prompts_N]
-        % FOLDS
-    )
+    """The l2 of STRENGTHS with the lowest held-out loss, in FOLDS folds of prompts (fewer if there
+    are fewer prompts); and what was seen of each.
+
+    Raises:
+      ValueError: a single prompt.
+    """
+    known, prompt_N = np.unique(answers.prompts_N, return_inverse=True)
+    folds = min(FOLDS, len(known))
+    if folds < 2:
+        raise ValueError(
+            "reward.l2=0 is chosen by cross-validation, which needs two prompts to train on; set it"
+        )
+    fold_N = np.random.default_rng(cfg.seed).permutation(len(known))[prompt_N] % folds
     losses = {l2: [] for l2 in STRENGTHS}
-    for f in range(FOLDS):
+    for f in range(folds):
         train, test, head = answers.pick(fold_N != f), answers.pick(fold_N == f), None
         for l2 in STRENGTHS:
             head = fit(train, cfg, l2, head)

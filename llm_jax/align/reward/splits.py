@@ -70,9 +70,9 @@ def compare(answers: Answers, cfg: TrainConfig) -> tuple[dict[str, Any], Head, l
     means = [_means(name, rows) for name in VARIANTS]
     own = cfg.reward.l2 or choose(answers, cfg)[0]
     summary = {"name": cfg.name, "l2": own, "splits": k}
-    first = tests[list(VARIANTS.values()).index(cfg.reward.control_length)]
-    summary |= {f"splits/{key}": value for key, value in first.items() if key != "reward"}
-    summary |= {f"splits/{key}": v for key, v in means[0].items() if key != "reward"}
+    chosen = list(VARIANTS.values()).index(cfg.reward.control_length)
+    found = tests[chosen] | means[chosen]
+    summary |= {f"splits/{key}": value for key, value in found.items() if key != "reward"}
     blocks: list[report.Block] = [
         report.Text("## Held-out parts"),
         report.Table(
@@ -100,7 +100,7 @@ def _test(name: str, hits: dict[str, list[np.ndarray]], ratio: float) -> dict[st
     gain = np.array(ours) - np.array(length)
     k = len(gain)
     error = math.sqrt((1 / k + ratio) * gain.var(ddof=1))
-    t = gain.mean() / error if error else math.inf
+    t = gain.mean() / error if error else math.inf * gain.mean() if gain.mean() else 0.0
     half = stats.t.ppf(0.975, k - 1) * error
     whole = {key: np.concatenate(hits[key]) for key in (name, "length")}
     decided = (whole[name] != 0.5) & (whole["length"] != 0.5)

@@ -97,6 +97,16 @@ def check(cfg: TrainConfig) -> None:
         raise ValueError(
             f"reward.label_smoothing is for pairs; reward.loss={cfg.reward.loss} has none, set it to 0"
         )
+    if cfg.peft.method not in ("none", "lora"):
+        raise ValueError(
+            f"peft.method={cfg.peft.method} is no change of the parameters, which a judge could be "
+            "loaded with; use lora or none"
+        )
+    if cfg.reward.control_length and cfg.reward.loss == "regression":
+        raise ValueError(
+            "reward.control_length is for answers that are compared; reward.loss=regression fits each "
+            "label by itself, set it to False"
+        )
     if cfg.reward.margin and cfg.reward.loss != "logistic":
         raise ValueError(
             f"reward.margin is for reward.loss=logistic, not {cfg.reward.loss}; set it to 0"
