@@ -3,7 +3,7 @@
 python -m experiments.best_of_n --checkpoint=runs/sft --judge=rule:unique_words \\
     --input=prompts.jsonl --output=DIR
 python -m experiments.best_of_n --checkpoint=runs/sft --judge=runs/reward \\
-    --input=preferences.jsonl --against=runs/dpo,runs/ipo --n=64 --output=DIR
+    --held_out_of=runs/dpo --against=runs/dpo,runs/ipo --n=64 --output=DIR
 
 A judge is a run with a reward head, or a rule: rule:shorter, rule:longer, rule:contains:TEXT,
 rule:lacks:TEXT, rule:matches:REGEX, rule:ends, rule:unique_words. DIR/answers.jsonl has all answers
@@ -30,6 +30,11 @@ _INPUT = flags.DEFINE_list(
     [],
     "prompts: conversations, preferences or rows with a prompt; files, folders, globs, hf:NAME",
 )
+_HELD_OUT_OF = flags.DEFINE_string(
+    "held_out_of",
+    None,
+    "a run of reward or dpo whose held-out prompts are answered, instead of --input",
+)
 _AGAINST = flags.DEFINE_list("against", [], "models to compare, such as runs tuned from the base")
 _PROMPTS = flags.DEFINE_integer("prompts", 100, "of the input, the first so many", lower_bound=2)
 _N = flags.DEFINE_integer(
@@ -52,14 +57,21 @@ _OUTPUT = flags.DEFINE_string(
 def main(argv: list[str]) -> None:
     if argv[1:]:
         raise ValueError(f"{argv[1]!r}: not a flag; write --against={argv[1]}")
-    if not _INPUT.value:
-        raise ValueError("--input is needed: a file of prompts, or embedded:questions")
+    if bool(_INPUT.value) == bool(_HELD_OUT_OF.value):
+        raise ValueError(
+            "--input (a file of prompts) or --held_out_of (a run of reward or dpo) is needed, and not both"
+        )
+    results = os.path.join(os.path.expanduser(_OUTPUT.value), "results.json")
+    if os.path.exists(results):
+        raise FileExistsError(f"{results} is there already; give another --output")
     for path in _AGAINST.value:  # hours of sampling would come before the error
         if not os.path.exists(os.path.expanduser(path)):
             raise FileNotFoundError(f"--against={path} does not exist")
 
     import llm_jax
     from llm_jax.align import policy_comparison, prompts, rewards
+    from llm_jax.interop import peft_format
+    from llm_jax.train import companion
 
     judge = rewards.judge(_JUDGE.value)  # a typing error shows before anything is read
     options = policy_comparison.Options(
@@ -70,7 +82,13 @@ def main(argv: list[str]) -> None:
         seed=_SEED.value,
         batch_size=_BATCH_SIZE.value,
     )
-    found, rejected = prompts.read(_INPUT.value, limit=_PROMPTS.value)
+    for path in _AGAINST.value:
+        if not peft_format.is_folder(path):
+            companion.describe(path)  # a reward model, say, is no policy
+    if _HELD_OUT_OF.value:
+        found, rejected = prompts.held_out(_HELD_OUT_OF.value)[: _PROMPTS.value], []
+    else:
+        found, rejected = prompts.read(_INPUT.value, limit=_PROMPTS.value)
     left_out = f"; {len(rejected)} rows have none, first {rejected[0]}" if rejected else ""
     print(f"{len(found)} prompts{left_out}")
     model = llm_jax.load(_CHECKPOINT.value, base=_BASE.value, tokenizer=_TOKENIZER.value)
@@ -90,7 +108,7 @@ def main(argv: list[str]) -> None:
         settings={
             "checkpoint": _CHECKPOINT.value,
             "judge": _JUDGE.value,
-            "input": ",".join(_INPUT.value),
+            "input": ",".join(_INPUT.value) or f"held out of {_HELD_OUT_OF.value}",
             "against": ",".join(_AGAINST.value),
         },
     )

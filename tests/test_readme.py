@@ -49,8 +49,10 @@ def test_commands_run_in_order(folder):
         if "experiments.reward" in command or "experiments.dpo" in command:
             args += ["--dry_run"]
         if "experiments.best_of_n" in command:
-            args = [a for a in args if "--judge" not in a and "--against" not in a]
-            args += ["--judge=rule:ends", "--prompts=2", "--n=2", "--max_new_tokens=8"]
+            runs = ("--judge", "--against", "--held_out_of")
+            args = [a for a in args if not a.startswith(runs)]
+            args += ["--judge=rule:ends", "--input=embedded:preferences"]
+            args += ["--prompts=2", "--n=2", "--max_new_tokens=8"]
         if "experiments.sweep" in command:  # half an hour; its grid, and a table that it would make
             args += ["--dry_run"]
         done = subprocess.run(

@@ -6,14 +6,15 @@
 #     BASE=SmolLM2-135M-Instruct.gguf SFT= PAIRS=hh-harmless.jsonl.gz REWARD=configs/reward_hh.py \
 #       DPO=configs/dpo_smollm2.py experiments/launch/preferences.sh
 #
-# Each step is a run that resumes: the same command again goes on where it was.
+# The same command again goes on where it was: runs resume, and what is finished is left alone.
 #
 #   OUT      folder of the runs, default runs/preferences
 #   BASE     a model to start from; default: one is trained with PRETRAIN
 #   PRETRAIN, SFT, REWARD, DPO   recipes; SFT= (empty) leaves that step out
 #   CHATS    conversations for SFT; default: the recipe's own
 #   PAIRS    preferences; default: the recipes' own, and their prompts
-#   JUDGED   prompts that are answered at the end, default 100; N the best of how many, default 16
+#   JUDGED   held-out prompts that are answered at the end, default 100; N the best of how many,
+#            default 16
 #   TOKENS   of an answer at most, default 64
 #   PRETRAIN_FLAGS, SFT_FLAGS, REWARD_FLAGS, DPO_FLAGS   further flags, separated by spaces
 #   PYTHON   default python
@@ -52,7 +53,11 @@ if [[ ${1:-} == --dry_run ]]; then DRY_RUN=1; run() { printf '%q ' "$@"; echo; }
     --workdir="$OUT/reward" ${PAIRS:+--input="$PAIRS"} ${REWARD_FLAGS:-}
   run "$PYTHON" -m experiments.dpo --config="$DPO" --init_from="$policy" --workdir="$OUT/dpo" \
     ${PAIRS:+--input="$PAIRS"} ${DPO_FLAGS:-}
-  run "$PYTHON" -m experiments.best_of_n --checkpoint="$policy" --judge="$OUT/reward" \
-    --against="$OUT/dpo" --input="${PAIRS:-embedded:preferences}" --prompts="${JUDGED:-100}" \
-    --n="${N:-16}" --max_new_tokens="${TOKENS:-64}" --output="$OUT/best_of_n"
+  if [[ -e $OUT/best_of_n/results.json ]]; then
+    echo "$OUT/best_of_n is there already" >&2
+  else
+    run "$PYTHON" -m experiments.best_of_n --checkpoint="$policy" --judge="$OUT/reward" \
+      --against="$OUT/dpo" --held_out_of="$OUT/dpo" --prompts="${JUDGED:-100}" \
+      --n="${N:-16}" --max_new_tokens="${TOKENS:-64}" --output="$OUT/best_of_n"
+  fi
 }

@@ -2,10 +2,13 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from llm_jax.data import conversations, documents, preferences
+from llm_jax.data import comparisons, conversations, documents, preferences
 from llm_jax.data.conversations import SUFFIXES, Malformed, Rejected
+from llm_jax.data.prepare import EVAL
+from llm_jax.train import checkpoint
 
 Messages = list[dict[str, Any]]
 
@@ -40,6 +43,22 @@ def read(inputs: Sequence[str], *, limit: int = 0) -> tuple[list[Messages], list
         why = f"; {rejected[0]}" if rejected else ": no rows"
         raise ValueError(f"no prompt in {', '.join(inputs)}{why} (--input)")
     return list(found.values()), rejected
+
+
+def held_out(run: str | Path) -> list[Messages]:
+    """The distinct prompts that a run of reward or dpo holds out, in order, read from its data anew.
+
+    Raises:
+      FileNotFoundError: no run there, or its data is gone.
+      ValueError: a run of another kind, or one that holds nothing out.
+    """
+    data = checkpoint.load_config(run).data
+    if data.format != "preference":
+        raise ValueError(f"{run} was not trained on preferences; give --input")
+    rows = [row for part in comparisons.read(data) if part.kind == EVAL for row in part.rows]
+    if not rows:
+        raise ValueError(f"{run} holds nothing out (data.eval_fraction=0); give --input")
+    return [list(prompt) for prompt in {row.key: row.prompt for row in rows}.values()]
 
 
 def prompt_of(row: Any) -> Messages:

@@ -51,7 +51,9 @@ class Comparisons(ChatCorpus):
         return [with_system(prompt, self._system) for prompt in self.asked[:limit]]
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
+    """Rows of one source, for training or held out."""
+
     kind: str  # TRAIN or EVAL
     name: str  # of the source; "" for eval_inputs
     rows: list[Preference]
@@ -86,7 +88,7 @@ def prepare_preferences(
             f"data.packing={data.packing} cuts answers anywhere; use first_fit, pad or bucket"
         )
     root = os.path.join(workdir, "data")
-    found = _read(data)
+    found = read(data)
     rejected = [row for part in found for row in part.rejected]
     for part in found:
         if not part.rows:
@@ -105,7 +107,7 @@ def prepare_preferences(
     )
     used = keep_tokenizer(root, told, template, chat_format, tokenizer, now, writer)
     renderer = Renderer(used, now=now)
-    made: list[tuple[_Part, Made, dict[str, Any]]] = []
+    made: list[tuple[Part, Made, dict[str, Any]]] = []
     left_out: list[Rejected] = []
     for part in found:
         name = f"{part.kind} {part.name}" if data.sources and part.name else part.kind
@@ -152,8 +154,12 @@ def prepare_preferences(
     return corpus
 
 
-def _read(data: DataConfig) -> list[_Part]:
-    """The parts of each source, and `eval_inputs`."""
+def read(data: DataConfig) -> list[Part]:
+    """The parts of each source, and `eval_inputs`, as a run divides them.
+
+    Raises:
+      ValueError, FileNotFoundError: as `preferences.read` does.
+    """
 
     def rows_of(inputs: Sequence[str]) -> tuple[list[Preference], list[Rejected]]:
         layout, limit = data.preference.layout, data.dialogue.max_turn_chars
@@ -171,11 +177,11 @@ def _read(data: DataConfig) -> list[_Part]:
             rows, rest = preferences.split(
                 rows, data.eval_fraction, seed=data.preference.split_seed
             )
-        found.append(_Part(TRAIN, source.name, rows, rejected))
+        found.append(Part(TRAIN, source.name, rows, rejected))
         if rest:
-            found.append(_Part(EVAL, source.name, rest, []))
+            found.append(Part(EVAL, source.name, rest, []))
     if data.eval_inputs:
-        found.append(_Part(EVAL, "", *rows_of(data.eval_inputs)))
+        found.append(Part(EVAL, "", *rows_of(data.eval_inputs)))
     # What one source holds out is not trained on from another.
     held = {row.key for part in found if part.kind == EVAL for row in part.rows}
     return [

@@ -162,6 +162,7 @@ def test_an_interval_covers():
 def test_all_won_is_not_certain():
     found = win_rate(np.ones((5, 3)), np.zeros((5, 3)))
     assert found.rate == 1 and found.low < 0.7 and found.high == 1
+    assert found.p_value == pytest.approx(2 * 0.5**5)
     with pytest.raises(ValueError, match="two prompts"):
         win_rate([[1, 2]], [[0, 1]])
     with pytest.raises(ValueError, match="3 and 2 prompts"):

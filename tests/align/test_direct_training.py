@@ -120,6 +120,21 @@ def test_its_own_answers_tell_how_far_it_moved(base, rows, tmp_path):
     assert "## Answers of its own" in report and "[after]" in report
 
 
+def test_a_reference_of_another_size(base, rows, tmp_path):
+    """It is measured against, and its own answers are not asked for; another one is noticed."""
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    wide = make_base(folder, **{"model.d_model": 48, "model.d_ff": 96})
+    changes = {"dpo.reference_path": str(wide), "dpo.sample_prompts": 2, "dpo.sample_tokens": 8}
+    for kind in ("cached", "model"):
+        asked = {**changes, "dpo.reference": kind, "checkpoint.every": 1}
+        summary = training.train(dpo_config(base, rows, steps=2, **asked), tmp_path / kind)
+        assert summary["generated_tokens_before"] >= 1
+        asked["dpo.reference_path"] = str(base)
+        with pytest.raises(ValueError, match="was trained with another reference"):
+            training.train(dpo_config(base, rows, steps=3, **asked), tmp_path / kind)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -117,3 +117,8 @@ def test_the_binary(models, tmp_path):
     rows, results = read(tmp_path / "out")
     assert [row["policy"] for row in rows] == ["base"] * 2 + [str(tmp_path / "base")] * 2
     assert results["points"][-1]["kl"] == 0
+    done = run_binary("best_of_n", *flags, "--judge=rule:shorter")
+    assert done.returncode == 1 and "is there already; give another --output" in done.stderr
+    assert read(tmp_path / "out")[1] == results
+    done = run_binary("best_of_n", *flags, "--judge=rule:shorter", "--held_out_of=x")
+    assert done.returncode == 1 and "is needed, and not both" in done.stderr

@@ -343,9 +343,9 @@ def test_where_the_balance_tips():
     # Three points behind at 0, nine ahead at 1.
     assert findings.tipping(f, 4, "comparisons") == "from about 0.25 on"
     f = findings.Findings(invented(pairs=0.88, listwise=0.92, tired=0.01))
-    assert findings.tipping(f, 4, "comparisons") == "not up to 1"
+    assert findings.tipping(f, 4, "comparisons") == "at no fatigue up to 1"
     f = findings.Findings(invented(pairs=0.93, listwise=0.92))
-    assert findings.tipping(f, 4, "answers_read") == "without any"
+    assert findings.tipping(f, 4, "answers_read") == "even without fatigue"
 
 
 def test_intervals():

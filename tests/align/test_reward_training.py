@@ -8,8 +8,8 @@ import pytest
 from preference_runs import make_base, preference_config, write_pairs
 
 import llm_jax
-from llm_jax.align import rewards
-from llm_jax.align.reward import probe, training
+from llm_jax.align import held_out, rewards
+from llm_jax.align.reward import probe, splits, training
 from llm_jax.train import checkpoint
 from llm_jax.types import Batch
 
@@ -161,6 +161,52 @@ def test_splits_are_disjoint_and_tested_against_length(base, rows, tmp_path):
         probe.train(reward_config(base, rows, **{**changes, "reward.splits": 6}), tmp_path / "more")
 
 
+def test_few_prompts_are_cross_validated_in_fewer_folds(base, tmp_path):
+    changes = {"reward.backbone": "features", "data.eval_fraction": 0.0}
+    cfg = reward_config(base, write_pairs(tmp_path / "three.jsonl", 3), **changes)
+    found = probe.train(cfg, tmp_path / "three")
+    assert found["train_pairs"] == 3
+    cfg = reward_config(base, write_pairs(tmp_path / "one.jsonl", 1), **changes)
+    with pytest.raises(ValueError, match="needs two prompts to train on; set it"):
+        probe.train(cfg, tmp_path / "one")
+
+
+def test_no_gain_in_any_part_is_no_finding():
+    hits = {"reward": [np.array([1.0, 0.0])] * 4, "length": [np.array([0.0, 1.0])] * 4}
+    found = splits._test("reward", hits, 0.25)
+    assert found["gain"] == 0 and found["p, t-test over parts"] == 1
+
+
+def test_rewards_that_are_no_numbers_are_counted(base, rows, tmp_path, monkeypatch):
+    """A held-out answer whose reward is not a number is not passed over in silence."""
+    evaluate = held_out.HeldOut.evaluate
+
+    def broken(self, params, batches):
+        step = self._step
+        self._step = lambda p, b: (lambda loss, said: (loss, said * np.nan))(*step(p, b))
+        try:
+            return evaluate(self, params, batches)
+        finally:
+            self._step = step
+
+    monkeypatch.setattr(held_out.HeldOut, "evaluate", broken)
+    summary = training.train(reward_config(base, rows, steps=1), tmp_path)
+    assert summary["eval/not_finite"] == 24 and "eval/pair_accuracy" not in summary
+
+
+def test_a_prompt_with_many_answers_is_evaluated_in_buckets(base, rows, tmp_path):
+    """More answers than the tokens of a short bucket."""
+    many = {"prompt": "How many?", "answers": [f"{i}" for i in range(40)]}
+    held = tmp_path / "held.jsonl"
+    held.write_text(json.dumps(many) + "\n" + rows.read_text())
+    changes = {"data.packing": "bucket", "data.eval_inputs": (str(held),), "length": 512}
+    fresh = write_pairs(tmp_path / "fresh.jsonl", 20, seed=5)
+    summary = training.train(
+        reward_config(base, fresh, **changes, steps=1, **{"eval.batch_size": 8}), tmp_path / "run"
+    )
+    assert summary["eval/pairs"] == 40 * 39 // 2 + 60
+
+
 @pytest.mark.parametrize("loss", ["hinge", "listwise", "regression"])
 def test_every_loss_learns(base, rows, tmp_path, loss):
     changes = {"reward.backbone": "features", "reward.loss": loss, "reward.l2": 1e-3}
@@ -211,6 +257,11 @@ def test_controlling_for_length_takes_length_out_of_the_reward(base, tmp_path):
             {"reward.loss": "hinge", "reward.margin": 1.0},
             "reward.margin is for reward.loss=logistic",
         ),
+        (
+            {"reward.loss": "regression", "reward.control_length": True},
+            "reward.control_length is for answers that are compared",
+        ),
+        ({"peft.method": "prefix"}, "a judge could be loaded with; use lora or none"),
     ],
 )
 def test_recipes_that_cannot_work(base, rows, tmp_path, changes, message):

@@ -182,11 +182,11 @@ def tipping(f: Findings, n: int, unit: str) -> str:
     by_name = f.differences(n, list(f.fatigues().values()), unit)
     points = [(v, by_name[name].mean) for v, name in f.fatigues().items()]
     if points[0][1] > 0:
-        return "without any"
+        return "even without fatigue"
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if y1 > 0:
             return f"from about {x0 + (x1 - x0) * y0 / (y0 - y1):.2f} on"
-    return f"not up to {points[-1][0]:g}"
+    return f"at no fatigue up to {points[-1][0]:g}"
 
 
 def stabilities(f: Findings) -> list[dict[str, Any]]:
