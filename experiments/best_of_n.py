@@ -94,7 +94,7 @@ def main(argv: list[str]) -> None:
     model = llm_jax.load(_CHECKPOINT.value, base=_BASE.value, tokenizer=_TOKENIZER.value)
     names = [os.path.basename(os.path.normpath(path)) for path in _AGAINST.value]
     if len({*names, "base"}) <= len(names):  # one is the name of two
-        names = [os.path.normpath(path) for path in _AGAINST.value]
+        names = [os.path.abspath(os.path.expanduser(path)) for path in _AGAINST.value]
     points = policy_comparison.run(
         model,
         found,

@@ -1,9 +1,10 @@
 """A run that compares policies by a judge: a base, best-of-n of it, and models that were tuned."""
 
-import dataclasses
+import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import numpy as np
 
 from llm_jax import report
 from llm_jax.align import best_of_n, judges, rollout
-from llm_jax.eval.output import replacing, write_json
+from llm_jax.eval.output import Kept, replacing, write_json
 from llm_jax.train.companion import same_vocabulary
 
-ANSWERS, RESULTS = "answers.jsonl", "results.json"
+ANSWERS, RESULTS, DRAWN = "answers.jsonl", "results.json", "drawn.json"
 EXAMPLES = 3
 
 
@@ -67,8 +68,9 @@ def run(
 ) -> list[best_of_n.Point]:
     """Draws, judges and compares; writes answers.jsonl, results.json and report.md with its plot.
 
-    The rows of answers.jsonl (of each policy one for each prompt) are rankings as `data.preferences`
-    reads them.
+    What has been drawn is kept in drawn.json until all is done: the same call goes on from it. The
+    rows of answers.jsonl (of each policy one for each prompt) are rankings as `data.preferences` reads
+    them.
 
     Args:
       base: a model, as `llm_jax.load` returns.
@@ -82,12 +84,22 @@ def run(
     if len(prompts) < 2:
         raise ValueError("intervals over prompts need two of them at least (--prompts, --input)")
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = [_draw(best_of_n.BASE, base, prompts, judge, options.n + 1, options)]
-    for name, load in (against or {}).items():
-        model = load()
-        found = _draw(name, model, prompts, judge, options.answers, options)
-        drawn.append(dataclasses.replace(found, kl=_kl(model, base, prompts, found, options)))
-        del model
+    settings = {**(settings or {}), **asdict(options), "prompts": len(prompts)}
+    digest = hashlib.sha256(json.dumps([list(p) for p in prompts]).encode()).hexdigest()[:16]
+    kept = Kept(folder / DRAWN, {**settings, "prompts read": digest}, "--output")
+    drawn = []
+    for name, load in {best_of_n.BASE: lambda: base, **(against or {})}.items():
+        if name not in kept.items:
+            model, n = load(), options.n + 1 if name == best_of_n.BASE else options.answers
+            answers = _draw(name, model, prompts, n, options)
+            apart = None if name == best_of_n.BASE else _kl(model, base, prompts, answers, options)
+            kept.add(name, {"answers": [[asdict(a) for a in g] for g in answers], "kl": apart})
+            del model
+        item = kept.items[name]
+        if "scores" not in item:
+            texts = [[a["text"] for a in group] for group in item["answers"]]
+            kept.add(name, item | {"scores": judges.score(judge, prompts, texts).tolist()})
+        drawn.append(_drawn(name, kept.items[name]))
     ours, *others = drawn
     points = best_of_n.compare(
         ours.scores,
@@ -100,7 +112,6 @@ def run(
         seed=options.seed,
     )
     _write_answers(folder / ANSWERS, prompts, drawn)
-    settings = {**(settings or {}), **dataclasses.asdict(options), "prompts": len(prompts)}
     write_json(
         str(folder / RESULTS),
         {
@@ -111,13 +122,21 @@ def run(
         },
     )
     report.write_report(folder, "Best of n", _blocks(points, drawn, prompts, settings))
+    (folder / DRAWN).unlink()
     return points
 
 
-def _draw(name, model, prompts, judge, n, options: Options) -> Drawn:
+def _drawn(name: str, item: dict[str, Any]) -> Drawn:
+    answers = [[rollout.Answer(**a) for a in group] for group in item["answers"]]
+    numbers = item["kl"] and [math.nan if x is None else x for x in item["kl"]]
+    kl = rollout.Kl(*numbers) if numbers else None
+    return Drawn(name, answers, np.array(item["scores"]), kl)
+
+
+def _draw(name, model, prompts, n, options: Options) -> list[list[rollout.Answer]]:
     # Independent of what other policies draw, as a win rate over another answer asks for.
     words = np.random.SeedSequence([options.seed, *name.encode()]).generate_state(1)
-    answers = rollout.sample(
+    return rollout.sample(
         model,
         prompts,
         n=n,
@@ -126,22 +145,20 @@ def _draw(name, model, prompts, judge, n, options: Options) -> Drawn:
         seed=int(words[0] >> 1),
         batch_size=options.batch_size,
     )
-    texts = [[a.text for a in group] for group in answers]
-    return Drawn(name, answers, judges.score(judge, prompts, texts))
 
 
-def _kl(model, base, prompts, drawn: Drawn, options: Options) -> rollout.Kl | None:
+def _kl(model, base, prompts, answers, options: Options) -> rollout.Kl | None:
     """KL(model || base); None where samples do not tell it."""
     if options.temperature != 1 or not same_vocabulary(model.tokenizer, base.tokenizer):
         return None
     # Both by the same computation: what rounding makes of it is then in both.
-    ids, tokens = rollout.prompt_ids(model, prompts), [[a.tokens for a in g] for g in drawn.answers]
+    ids, tokens = rollout.prompt_ids(model, prompts), [[a.tokens for a in g] for g in answers]
     return rollout.kl(*(rollout.log_probs(m, ids, tokens) for m in (model, base)))
 
 
 def _plain(point: best_of_n.Point) -> dict[str, Any]:
     return {
-        **dataclasses.asdict(point),
+        **asdict(point),
         "kl_is_bound": point.n is not None,
         "wins": point.wins and point.wins._asdict(),
     }

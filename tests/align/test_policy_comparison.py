@@ -1,5 +1,6 @@
 """The run: what it writes is what was drawn, and its divergence is the one between the two models."""
 
+import functools
 import json
 
 import jax
@@ -73,6 +74,34 @@ def test_a_run(models, tmp_path):
     assert list(found[0].prompt) == PROMPTS[0]
     text = (tmp_path / "report.md").read_text()
     assert "sharper" in text and "[best of 3, " in text and (tmp_path / "plots").is_dir()
+
+
+def test_what_was_drawn_is_not_drawn_again(models, tmp_path):
+    """A judge that fails, and then a model that cannot be loaded, cost no answer."""
+    calls, longer = [], judges.rule("rule:longer")
+
+    def fails(conversations):
+        calls.append(len(conversations))
+        raise ValueError("no judge")
+
+    def never():
+        raise FileNotFoundError("gone")
+
+    ask = functools.partial(policy_comparison.run, models[0], PROMPTS, options=OPTIONS)
+    with pytest.raises(ValueError, match="no judge"):
+        ask(fails, tmp_path / "a", against={"sharper": never})
+    with pytest.raises(FileNotFoundError, match="gone"):
+        ask(longer, tmp_path / "a", against={"sharper": never})
+    assert (tmp_path / "a/drawn.json").is_file() and not (tmp_path / "a/results.json").exists()
+    found = policy_comparison.run(
+        None,
+        PROMPTS,
+        longer,
+        tmp_path / "a",
+        options=OPTIONS,  # asked for nothing again
+    )
+    assert found == ask(longer, tmp_path / "b")
+    assert not (tmp_path / "a/drawn.json").exists()
 
 
 def test_at_another_temperature_no_divergence_is_told(models, tmp_path):
