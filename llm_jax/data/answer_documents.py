@@ -22,9 +22,8 @@ _NEITHER = 0.5  # the label of KTO's answers of which nobody says whether they a
 class Wanted(NamedTuple):
     """What a run makes of answers."""
 
-    reads: str = (
-        "answers"  # "answers": their tokens are targets; "ends": their last tokens are read
-    )
+    # "answers": their tokens are targets; "ends": their last tokens are read
+    reads: str = "answers"
     pairs: bool = True  # answers without another to compare them with are of no use
     others: bool = False  # each document gets an answer to another prompt (KTO)
 
