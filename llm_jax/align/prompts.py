@@ -11,6 +11,7 @@ from llm_jax.data.prepare import EVAL
 from llm_jax.train import checkpoint
 
 Messages = list[dict[str, Any]]
+MAX_TURN_CHARS = 200_000
 
 
 def read(inputs: Sequence[str], *, limit: int = 0) -> tuple[list[Messages], list[Rejected]]:
@@ -80,4 +81,6 @@ def prompt_of(row: Any) -> Messages:
         raise Malformed("tools", "what is sampled here calls no tools")
     if not prompt or not prompt[-1]["content"].strip():
         raise Malformed("no prompt", "there is nothing that the last answer answers")
+    answered = [*prompt, {"role": "assistant", "content": "."}]
+    conversations.check(answered, MAX_TURN_CHARS, allow_empty_question=False)
     return prompt
