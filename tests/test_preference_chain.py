@@ -33,7 +33,7 @@ def chain(tmp_path_factory):
         PRETRAIN_FLAGS="--config.steps=8 --config.checkpoint.every=0 --config.eval.rows=8",
         SFT_FLAGS=f"{short} --config.steps=4",
         REWARD_FLAGS=f"{short} --config.steps=30 --config.optimizer.learning_rate=3e-3",
-        DPO_FLAGS=f"{short} --config.steps=12 --config.dpo.sample_prompts=4",
+        DPO_FLAGS=f"{short} --config.steps=12 --config.dpo.sample_prompts=4 --config.eval.prompts=()",
         JUDGED="4",
         N="4",
         TOKENS="8",

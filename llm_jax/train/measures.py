@@ -80,7 +80,7 @@ class Measures:
     def sample(self, params: PyTree, step: int, watch: Watchdog) -> None:
         """Draws one from each of `eval.prompts`, and writes them to samples.jsonl."""
         cfg, model = self._cfg.eval, self._cfg.model
-        if not (cfg.sample_tokens and self._alone and model.head == "lm"):
+        if not (cfg.sample_tokens and cfg.prompts and self._alone and model.head == "lm"):
             return
         watch.mark("samples after step", step)
         n = cfg.sample_tokens
