@@ -96,6 +96,26 @@ def test_every_loss_of_pairs_learns_what_is_preferred(base, rows, tmp_path, chan
     assert summary["reference"] == ("none" if cfg.dpo.loss in ("orpo", "simpo") else "adapter")
 
 
+def test_a_price_on_tokens_takes_length_out_of_what_is_learned(base, tmp_path):
+    """The longer of two answers is preferred, and nothing else tells them apart."""
+    rows = tmp_path / "long.jsonl"
+    pairs = [
+        {
+            "prompt": f"The cat {i}?",
+            "chosen": "good cat" + " so" * (1 + i % 4),
+            "rejected": "good cat",
+        }
+        for i in range(60)
+    ]
+    rows.write_text("\n".join(map(json.dumps, pairs)))
+    margins = {}
+    for price in (0.0, 0.3):
+        cfg = dpo_config(base, rows, **{"steps": 12, "dpo.length_penalty": price})
+        margins[price] = training.train(cfg, tmp_path / str(price))["eval/margin"]
+    # 2.5 " so" of 3 bytes on average: at 0.3 a byte that is 2.25 of the logit, paid already.
+    assert margins[0.0] > 1.0 and margins[0.3] < margins[0.0] - 0.5
+
+
 def test_kto_learns_from_single_answers(base, tmp_path):
     path = tmp_path / "judged.jsonl"
     lines = [
