@@ -294,6 +294,7 @@ def test_what_one_source_holds_out_another_does_not_train_on(tmp_path):
     corpus = prepared(tmp_path, PAIRS, inputs=(), sources=sources, eval_fraction=0.1)
     held_out = {prompt[-1]["content"] for prompt in corpus.asked}
     assert held_out == {"Question 18?", "Question 19?", "Question 0?", "Question 1?"}
+    assert [said.group for said in corpus.held_out] == [0, 0, 1, 1, 2, 2, 3, 3]
     for part in corpus.train:
         told = [texts(corpus, part.tokens, d)[0] for d in range(part.tokens.documents)]
         assert len(told) == 16 and not any(prompt in text for prompt in held_out for text in told)
