@@ -184,7 +184,14 @@ def _draw(
     pairs, rows = [], []
     for prompt, group, own in zip(prompts, drawn, scores_PxN, strict=True):
         texts = [a.text for a in group]
-        rows.append({"prompt": list(prompt), "answers": texts, "scores": own.tolist()})
+        rows.append(
+            {
+                "prompt": list(prompt),
+                "answers": texts,
+                "scores": own.tolist(),
+                "finish_reasons": [a.finish_reason for a in group],
+            }
+        )
         best, worst = int(np.argmax(own)), int(np.argmin(own))
         if own[best] > own[worst] and texts[best] and texts[worst]:
             pairs.append(

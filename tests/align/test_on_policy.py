@@ -57,7 +57,10 @@ def test_a_round_asks_as_it_trains(base, rows, tmp_path, monkeypatch):
     on_policy.run(cfg, judge, asked, tmp_path / "run", options, judged_by="length")
     assert all(c[0] == {"role": "system", "content": "Be kind."} for c in judged)
     told = [json.loads(line) for line in (tmp_path / "run/round-1/answers.jsonl").open()]
-    assert len(told) == 3 and min(min(row["scores"]) for row in told) < -900
+    assert len(told) == 3
+    seen = [x for row in told for x in zip(row["scores"], row["finish_reasons"], strict=True)]
+    assert any(reason == "length" for _, reason in seen)
+    assert all((score < -900) == (reason == "length") for score, reason in seen)
     other = preference_config(base, rows, **{**SHORT, **changes, "dpo.beta": 0.3})
     with pytest.raises(ValueError, match="was begun with recipe="):
         on_policy.run(other, judge, asked, tmp_path / "run", options, judged_by="length")

@@ -196,15 +196,15 @@ def test_rewards_that_are_no_numbers_are_counted(base, rows, tmp_path, monkeypat
 
 def test_a_prompt_with_many_answers_is_evaluated_in_buckets(base, rows, tmp_path):
     """More answers than the tokens of a short bucket."""
-    many = {"prompt": "How many?", "answers": [f"{i}" for i in range(40)]}
+    many = {"prompt": "How many?", "answers": [f"{i}" for i in range(100)]}
     held = tmp_path / "held.jsonl"
     held.write_text(json.dumps(many) + "\n" + rows.read_text())
-    changes = {"data.packing": "bucket", "data.eval_inputs": (str(held),), "length": 512}
+    changes = {"data.packing": "bucket", "data.eval_inputs": (str(held),), "length": 768}
     fresh = write_pairs(tmp_path / "fresh.jsonl", 20, seed=5)
     summary = training.train(
         reward_config(base, fresh, **changes, steps=1, **{"eval.batch_size": 8}), tmp_path / "run"
     )
-    assert summary["eval/pairs"] == 40 * 39 // 2 + 60
+    assert summary["eval/pairs"] == 100 * 99 // 2 + 60
 
 
 @pytest.mark.parametrize("loss", ["hinge", "listwise", "regression"])
