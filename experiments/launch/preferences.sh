@@ -2,7 +2,7 @@
 # The whole chain on one machine: a base model, its assistant, a reward model, direct optimisation,
 # and all of it compared with best-of-n.
 #
-#     experiments/launch/preferences.sh                          # offline, from nothing; half an hour
+#     experiments/launch/preferences.sh                          # offline, from nothing; 20 minutes
 #     BASE=SmolLM2-135M-Instruct.gguf SFT= PAIRS=hh-harmless.jsonl.gz REWARD=configs/reward_hh.py \
 #       DPO=configs/dpo_smollm2.py experiments/launch/preferences.sh
 #
