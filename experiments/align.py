@@ -18,7 +18,8 @@ _TRAINING = cli.Training(
 _JUDGE = flags.DEFINE_string(
     "judge",
     None,
-    "a run of experiments.reward, or rule:NAME (llm_jax/align/judges.py)",
+    "a run of experiments.reward, a Hugging Face classifier with one label, or rule:NAME "
+    "(llm_jax/align/judges.py)",
     required=True,
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "how often; more may follow later", lower_bound=1)

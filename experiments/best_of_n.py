@@ -5,9 +5,10 @@ python -m experiments.best_of_n --checkpoint=runs/sft --judge=rule:unique_words 
 python -m experiments.best_of_n --checkpoint=runs/sft --judge=runs/reward \\
     --held_out_of=runs/dpo --against=runs/dpo,runs/ipo --n=64 --output=DIR
 
-A judge is a run with a reward head, or a rule: rule:shorter, rule:longer, rule:contains:TEXT,
-rule:lacks:TEXT, rule:matches:REGEX, rule:ends, rule:unique_words. DIR/answers.jsonl has all answers
-with their scores, as rankings that a preference run can be trained on.
+A judge is a run with a reward head, a Hugging Face classifier with one label, or a rule: rule:shorter,
+rule:longer, rule:contains:TEXT, rule:lacks:TEXT, rule:matches:REGEX, rule:ends, rule:unique_words.
+DIR/answers.jsonl has all answers with their scores, as rankings that a preference run can be trained
+on.
 """
 
 import os
@@ -24,7 +25,12 @@ _CHECKPOINT = flags.DEFINE_string(
 )
 _BASE = cli.define_base()
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "default: the one that comes with the model")
-_JUDGE = flags.DEFINE_string("judge", None, "a rule, or a reward model's run", required=True)
+_JUDGE = flags.DEFINE_string(
+    "judge",
+    None,
+    "a rule, a run of reward, or a Hugging Face classifier with one label",
+    required=True,
+)
 _INPUT = flags.DEFINE_list(
     "input",
     [],

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llm_jax.config import DialogueConfig
 from llm_jax.data import comparisons, conversations, documents, preferences
 from llm_jax.data.conversations import SUFFIXES, Malformed, Rejected
 from llm_jax.data.prepare import EVAL
 from llm_jax.train import checkpoint
 
 Messages = list[dict[str, Any]]
-MAX_TURN_CHARS = 200_000
+MAX_TURN_CHARS = DialogueConfig().max_turn_chars
 
 
 def read(inputs: Sequence[str], *, limit: int = 0) -> tuple[list[Messages], list[Rejected]]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from llm_jax import sharding
 from llm_jax.config import ModelConfig
-from llm_jax.interop.names import UNUSED, Part
+from llm_jax.interop.names import OURS, UNUSED, Part
 from llm_jax.interop.safetensors import Tensor
 from llm_jax.nn.params import flatten, unflatten
 from llm_jax.types import Array, PyTree
@@ -62,8 +62,8 @@ def load(
     def parameter(path: str) -> Array:
         spec, kind = flat[path], "float32" if exact and exact.search(path) else dtype
         where = sharding.named(spec.axes, mesh)
-        # Without a part it is 0: theirs has no such number.
-        found = _parameter(source, by_path.get(path, []), spec.shape, where, kind)
+        own = [] if path in OURS else by_path[path]  # theirs has no such number: 0
+        found = _parameter(source, own, spec.shape, where, kind)
         return hold(path, found) if hold else found
 
     return unflatten({path: parameter(path) for path in flat})
